@@ -1,0 +1,1 @@
+"""What the features of a dictionary mean: cells, genes, gene sets, tables and figures."""

@@ -1,0 +1,221 @@
+"""An AnnData file to what analyses need: log expression, gene symbols, an embedding, labels.
+
+Everything a file can be wrong in is refused here, in one message, before any work.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pandas as pd
+from absl import logging
+from scipy import sparse
+from sklearn.decomposition import PCA
+
+from sae_jax.data import check_rows
+from sae_jax.errors import InputError
+
+EXPRESSION_KINDS = ("counts", "log1p")
+TARGET_SUM = 1e4
+LARGEST_LOG1P = 30.0  # exp(30) is 10^13 counts: whatever is larger was not logarithmised
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Expression:
+    """x = ln(1 + normalised count), CSR float32 [cells, genes], and the genes' unique symbols."""
+
+    x: sparse.csr_matrix
+    genes: np.ndarray
+
+
+def read(path: str | Path) -> anndata.AnnData:
+    """An h5ad file.
+
+    Raises:
+      InputError: no such file, not an h5ad, no cells, or cells that share a name.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"there is no file {path}")
+    try:
+        with warnings.catch_warnings():  # of old layouts, which anndata reads all the same
+            warnings.simplefilter("ignore", FutureWarning)
+            adata = anndata.read_h5ad(path)
+    except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} cannot be read as an h5ad file: {_first_line(error)}") from error
+    if 0 in adata.shape:
+        raise InputError(f"{path} holds {adata.n_obs} cells and {adata.n_vars} genes")
+    _refuse_duplicates(adata.obs_names, "cell names", "obs_names_make_unique()")
+    return adata
+
+
+def expression(
+    adata: anndata.AnnData, source: str, kind: str, symbols: str | None = None
+) -> Expression:
+    """Expression as ln(1 + count per ten thousand).
+
+    Args:
+      source: `X`, `raw` or the name of a layer.
+      kind: what it holds: `counts` (integers; normalised here to 10,000 a cell, then log1p) or
+        `log1p` (taken as it is). Never guessed: values that contradict it are refused.
+      symbols: column of var with the genes' symbols; None for the var names. Genes without one are
+        left out. Where a symbol occurs twice, its most expressed column stands for it.
+
+    Raises:
+      InputError: no such source or column, values that are not what `kind` says, or var names that
+        repeat and no `symbols`.
+    """
+    x, var = _source(adata, source)
+    x = sparse.csr_matrix(x)
+    _check_values(x.data, source, kind)
+    if kind == "counts":
+        totals = np.asarray(x.sum(axis=1, dtype=np.float64)).ravel()
+        if not totals.all():
+            logging.info("%d cells have no counts in %s", (totals == 0).sum(), source)
+        scale = TARGET_SUM / np.where(totals > 0, totals, 1)
+        x = sparse.csr_matrix(sparse.diags_array(scale) @ x)
+        x.data = np.log1p(x.data)
+    x = x.astype(np.float32)
+    if symbols is None:
+        _refuse_duplicates(var.index, "gene names", "var_names_make_unique(), or --gene_symbols")
+        return Expression(x, np.asarray(var.index, dtype=str))
+    if symbols not in var:
+        raise InputError(f"var has no column {symbols!r}; it has {_listing(var.columns)}")
+    keep = _representatives(var[symbols], np.asarray(x.sum(axis=0)).ravel())
+    return Expression(x[:, keep], var[symbols].astype(str).to_numpy()[keep])
+
+
+def embedding(adata: anndata.AnnData, key: str) -> np.ndarray:
+    """obsm[key] as float32 [cells, dimensions].
+
+    Raises:
+      InputError: no such key, or values that are not finite numbers.
+    """
+    if key not in adata.obsm:
+        raise InputError(f"obsm has no {key!r}; it has {_listing(adata.obsm)}")
+    x = adata.obsm[key]
+    x = x.toarray() if sparse.issparse(x) else np.asarray(x)
+    return check_rows(x, f"obsm[{key!r}]").astype(np.float32, copy=False)
+
+
+def pca(x: sparse.csr_matrix, dimensions: int = 50) -> np.ndarray:
+    """Principal components of the cells of x [cells, genes], float32; centred, not scaled.
+
+    Fewer than `dimensions` where there are not so many cells or genes.
+    """
+    dimensions = min(dimensions, min(x.shape) - 1)
+    if dimensions < 1:
+        raise InputError(f"{x.shape[0]} cells × {x.shape[1]} genes have no principal components")
+    model = PCA(dimensions, svd_solver="arpack", random_state=0)
+    return model.fit_transform(x.astype(np.float64)).astype(np.float32)
+
+
+def labels(adata: anndata.AnnData, column: str) -> pd.Series:
+    """obs[column] as text categories; cells without a label stay NaN.
+
+    Raises:
+      InputError: no such column, numbers that are not integers, or not at least two labels and at
+        most half as many as cells.
+    """
+    if column not in adata.obs:
+        raise InputError(f"obs has no column {column!r}; it has {_listing(adata.obs.columns)}")
+    values = adata.obs[column]
+    if pd.api.types.is_float_dtype(values) and (values.dropna() % 1).any():
+        raise InputError(f"obs[{column!r}] holds numbers, not labels of cells")
+    values = values.where(values.isna(), values.astype(str)).astype("category")
+    count = len(values.cat.categories)
+    if not 2 <= count <= max(2, len(values) // 2):
+        raise InputError(
+            f"obs[{column!r}] holds {count} different labels for {len(values)} cells; "
+            "a label is shared by cells, and there are at least two"
+        )
+    return values
+
+
+def _source(
+    adata: anndata.AnnData, source: str
+) -> tuple[sparse.spmatrix | np.ndarray, pd.DataFrame]:
+    if source == "X":
+        if adata.X is None:
+            raise InputError(f"the file has no X; there are layers {_listing(adata.layers)}")
+        return adata.X, adata.var
+    if source == "raw":
+        if adata.raw is None:
+            raise InputError(
+                f"the file has no raw; there are X and layers {_listing(adata.layers)}"
+            )
+        return adata.raw.X, adata.raw.var
+    if source not in adata.layers:
+        raise InputError(
+            f"there is no layer {source!r}; there are X, raw and {_listing(adata.layers)}"
+        )
+    return adata.layers[source], adata.var
+
+
+def _check_values(values: np.ndarray, source: str, kind: str) -> None:
+    """Refuse stored values that are not what `kind` says they are."""
+    if kind not in EXPRESSION_KINDS:
+        raise InputError(f"expression_is={kind!r} is not one of {', '.join(EXPRESSION_KINDS)}")
+    bad = np.count_nonzero(~np.isfinite(values))
+    if bad:
+        raise InputError(f"{source} holds {bad} NaN or infinite values")
+    if values.size == 0 or not values.any():
+        raise InputError(f"{source} holds nothing but zeros")
+    if values.min() < 0:
+        raise InputError(
+            f"{source} holds negative values (down to {values.min():.4g}): scaled or corrected "
+            "expression is neither counts nor log1p; give raw or a layer that is"
+        )
+    fractional = values % 1 != 0
+    if kind == "counts" and fractional.any():
+        raise InputError(
+            f"{source} is said to hold counts, but {fractional.mean():.0%} of its non-zero values "
+            f"are not integers ({values[fractional][0]:.4g}, for instance); log1p, perhaps?"
+        )
+    if kind == "log1p" and not fractional.any():
+        raise InputError(f"{source} is said to hold log1p values, but all are integers; counts?")
+    if kind == "log1p" and values.max() > LARGEST_LOG1P:
+        raise InputError(
+            f"{source} is said to hold log1p values, but goes up to {values.max():.4g}; "
+            "it was normalised and not logarithmised, perhaps?"
+        )
+
+
+def _representatives(symbols: pd.Series, totals: np.ndarray) -> np.ndarray:
+    """Sorted positions of one column per symbol: the most expressed, the first among equals."""
+    named = symbols.notna() & (symbols.astype(str).str.strip() != "")
+    table = pd.DataFrame({"symbol": symbols.astype(str).to_numpy(), "total": totals})[
+        named.to_numpy()
+    ]
+    if table.empty:
+        raise InputError(f"var[{symbols.name!r}] names no gene")
+    best = table.groupby("symbol", sort=False)["total"].idxmax().to_numpy()
+    repeated = sorted(table.loc[table["symbol"].duplicated(), "symbol"].unique())
+    if repeated:
+        logging.info(
+            "%d symbols occur more than once; the most expressed column stands for each: %s",
+            len(repeated),
+            _listing(repeated),
+        )
+    if not named.all():
+        logging.info("%d genes have no symbol and are left out", (~named).sum())
+    return np.sort(best)
+
+
+def _refuse_duplicates(names: pd.Index, what: str, remedy: str) -> None:
+    repeated = names[names.duplicated()].unique()
+    if len(repeated):
+        raise InputError(f"{len(repeated)} {what} occur twice ({_listing(repeated)}): use {remedy}")
+
+
+def _listing(names: object, most: int = 10) -> str:
+    names = [str(name) for name in names]
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "") or "none"
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

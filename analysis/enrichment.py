@@ -1,0 +1,236 @@
+"""Which gene sets a ranking or a selection of genes favours: every feature times every set at once.
+
+Schuster A.3.7, with what the paper lacks: tie correction, two-sided p-values, and a correction for
+the number of sets. Everything takes plain arrays; [features, genes] and [terms, genes] must have
+their genes in one order (`gene_sets.read` sees to it).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy import sparse, special, stats
+
+from analysis.features import Matrix
+from sae_jax.errors import InputError
+
+
+@dataclass(frozen=True, eq=False)
+class MannWhitney:
+    """Rank test of a term's genes against all others; all [features, terms], float64.
+
+    statistic: U of the term's genes, from 0 to n1 n2.
+    z: signed normal deviate, continuity-corrected if asked for; positive: the term ranks high.
+    p: two-sided, asymptotic, tie-corrected.
+    effect: U / (n1 n2), the area under the ROC curve: 0.5 for no enrichment, 1 for all on top.
+    """
+
+    statistic: np.ndarray
+    z: np.ndarray
+    p: np.ndarray
+    effect: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Hypergeometric:
+    """Overlap test (Fisher's exact, one-sided) of selected genes and terms; all [features, terms].
+
+    hits: selected genes in the term (int64).
+    expected: hits expected by chance.
+    effect: fold enrichment, hits / expected; NaN where none can be expected.
+    statistic: sample odds ratio of the 2 × 2 table, as `scipy.stats.fisher_exact` gives it: inf
+        for a zero in the denominator, NaN if nothing or everything is selected or in the term.
+    p: exact tail probability.
+    """
+
+    hits: np.ndarray
+    expected: np.ndarray
+    effect: np.ndarray
+    statistic: np.ndarray
+    p: np.ndarray
+
+
+def mann_whitney(scores: ArrayLike, membership: Matrix, continuity: bool = True) -> MannWhitney:
+    """Mann-Whitney U test of every term under every feature's ranking (Schuster A.3.7, eq. 9).
+
+        U = R - n1 (n1 + 1) / 2
+
+    with R the sum of the term's ranks (smallest score rank 1, ties their average). Eq. 9 gives the
+    U of the other side, n1 n2 + n1 (n1 + 1) / 2 - R; as printed it lost the plus sign. The variance
+    of R is that of a sum drawn without replacement from the ranks actually given, which is the
+    tie-corrected one. Equal to `scipy.stats.mannwhitneyu(method="asymptotic")`.
+
+    Scores that should be equal but differ in their last bits are not ties: round computed scores
+    (t to 9 decimals, say) or their order is noise.
+
+    Args:
+        scores: [features, genes], any scale, infinity allowed.
+        membership: 0 or 1 [terms, genes], dense or sparse.
+        continuity: whether |U - n1 n2 / 2| is lowered by a half (never below 0).
+
+    Returns:
+        The tests. A term that is empty or holds all genes has nothing to compare: NaN. Where
+        all scores of a feature are equal, p is 1.
+
+    Raises:
+        InputError: if a score is NaN, or if shapes or the membership's values do not fit.
+    """
+    scores = np.asarray(scores, dtype=np.float64)
+    membership = _membership(membership, "scores", scores)
+    missing = np.isnan(scores)
+    if missing.any():
+        feature, gene = np.argwhere(missing)[0]
+        raise InputError(
+            f"scores hold {int(missing.sum())} NaN, the first for feature {feature} at gene {gene}:"
+            " drop these genes from scores and membership, or give them a score on purpose."
+        )
+    n_genes = scores.shape[1]
+    ranks = stats.rankdata(scores, axis=1)
+    n_in = membership.sum(axis=1)
+    pairs = n_in * (n_genes - n_in)
+    u = (membership @ ranks.T).T - n_in * (n_in + 1) / 2
+    u[:, pairs == 0] = np.nan
+
+    distance = u - pairs / 2
+    excess = np.maximum(np.abs(distance) - (0.5 if continuity else 0.0), 0.0)
+    rank_variance = np.sum((ranks - (n_genes + 1) / 2) ** 2, axis=1, keepdims=True)
+    sd = np.sqrt(rank_variance * (pairs / (n_genes * max(n_genes - 1, 1))))
+    z = np.where(pairs > 0, 0.0, u)  # 0 also where all scores are equal, so sd is 0
+    np.divide(np.copysign(excess, distance), sd, out=z, where=sd > 0)
+    return MannWhitney(
+        statistic=u,
+        z=z,
+        p=2 * special.ndtr(-np.abs(z)),
+        effect=np.divide(u, pairs, out=u.copy(), where=pairs > 0),
+    )
+
+
+def hypergeometric(
+    selected: Matrix, membership: Matrix, alternative: str = "greater"
+) -> Hypergeometric:
+    """Fisher's exact test of every term in every feature's selected genes.
+
+    All genes given are the universe: N of them, n selected, K in the term, k in both. The p-value
+    is the tail of the hypergeometric distribution, P(X >= k) or P(X <= k), equal to
+    `scipy.stats.fisher_exact` and accurate as long as it does not underflow (about 1e-300).
+
+    Args:
+        selected: boolean [features, genes], dense or sparse.
+        membership: 0 or 1 [terms, genes], dense or sparse.
+        alternative: "greater" (more hits than by chance) or "less".
+
+    Returns:
+        The tests. If nothing is selected, or a term is empty, p is 1.
+
+    Raises:
+        InputError: for another alternative, or if shapes or types do not fit.
+    """
+    if alternative not in ("greater", "less"):
+        raise InputError(f'alternative={alternative!r}: give "greater" or "less".')
+    if not sparse.issparse(selected):
+        selected = np.asarray(selected)
+    membership = _membership(membership, "selected", selected)
+    if selected.dtype != bool:
+        raise InputError(f"selected is {selected.dtype}: give booleans, for example q < 0.05.")
+    selected = sparse.csr_array(selected).astype(np.float64)
+    n_genes = selected.shape[1]
+    n_selected = selected.sum(axis=1)[:, None]
+    n_in = membership.sum(axis=1)
+    hits = (selected @ membership.T).toarray()
+
+    expected = n_selected * n_in / n_genes
+    missed, others = n_in - hits, n_selected - hits
+    rest = n_genes - n_in - others
+    effect = np.full_like(hits, np.nan)
+    np.divide(hits, expected, out=effect, where=expected > 0)
+    odds = np.full_like(hits, np.inf)
+    np.divide(hits * rest, missed * others, out=odds, where=missed * others > 0)
+    odds[expected == 0] = np.nan
+    odds[(n_selected == n_genes) | (n_in == n_genes)] = np.nan
+
+    hits = hits.astype(np.int64)
+    sizes, size_of_term = np.unique(n_in.astype(np.int64), return_inverse=True)
+    p = np.empty_like(expected)
+    for feature, n in enumerate(n_selected[:, 0].astype(np.int64)):
+        tails = _hypergeometric_tails(n_genes, sizes, n, alternative)
+        p[feature] = tails[size_of_term, hits[feature]]
+    return Hypergeometric(hits=hits, expected=expected, effect=effect, statistic=odds, p=p)
+
+
+def _hypergeometric_tails(
+    n_genes: int, sizes: np.ndarray, n_selected: int, alternative: str
+) -> np.ndarray:
+    """Tail probabilities [sizes, hits] for every term size and every number of hits from 0.
+
+    The weights follow from one another, w(k + 1) / w(k) = (K - k)(n - k) / ((k + 1)(N - K - n + k
+    + 1)), and are divided by their sum: no factorials, so no loss of digits to large logarithms.
+    Many terms share a size, so one table serves all of a feature's terms.
+    """
+    k = np.arange(min(int(sizes.max()), n_selected))
+    size = sizes[:, None]
+    fewest = np.maximum(size + n_selected - n_genes, 0)
+    up = np.maximum(size - k, 0) * (n_selected - k)
+    down = (k + 1) * (n_genes - size - n_selected + k + 1)
+    possible = k >= fewest
+    with np.errstate(divide="ignore"):  # log 0 where a term has no more genes to hit
+        steps = np.log(np.divide(up, down, out=np.ones(up.shape), where=possible))
+    log_weight = np.zeros((sizes.size, k.size + 1))
+    np.cumsum(steps, axis=1, out=log_weight[:, 1:])
+    log_weight[np.arange(k.size + 1) < fewest] = -np.inf
+    weight = np.exp(log_weight - log_weight.max(axis=1, keepdims=True))
+    if alternative == "greater":
+        weight = weight[:, ::-1]
+    tail = np.cumsum(weight, axis=1)
+    tail /= tail[:, -1:]
+    return tail[:, ::-1] if alternative == "greater" else tail
+
+
+def benjamini_hochberg(p: ArrayLike, axis: int | None = -1) -> np.ndarray:
+    """False discovery rates (q-values) by Benjamini and Hochberg.
+
+    Args:
+        p: p-values of any shape. A NaN is a test that could not be made: it stays NaN, and counts
+            as a test with p = 1, so that the correction is the same whatever could be tested.
+        axis: one correction along this axis for each of the others; None for one over all values,
+            as for a whole dictionary.
+
+    Returns:
+        q-values of the same shape, float64, at most 1.
+
+    Raises:
+        InputError: if a p-value is below 0 or above 1.
+    """
+    p = np.asarray(p, dtype=np.float64)
+    missing = np.isnan(p)
+    filled = np.where(missing, 1.0, p)
+    if filled.size == 0:
+        return filled
+    if filled.min() < 0 or filled.max() > 1:
+        raise InputError(
+            f"p-values range from {filled.min():g} to {filled.max():g}: they must lie from 0 to 1."
+        )
+    q = stats.false_discovery_control(filled, axis=axis).reshape(p.shape)
+    q[missing] = np.nan
+    return q
+
+
+def _membership(membership: Matrix, name: str, table: Matrix) -> sparse.csr_array:
+    """Membership as float64 CSR, checked against the table [features, genes] called `name`."""
+    if np.ndim(table) != 2 or np.ndim(membership) != 2 or table.shape[1] != membership.shape[1]:
+        raise InputError(
+            f"{name} has shape {np.shape(table)} and membership {np.shape(membership)}: give "
+            "features by genes and terms by the same genes."
+        )
+    if 0 in table.shape or membership.shape[0] == 0:
+        raise InputError(
+            f"{name} has shape {table.shape} and membership {membership.shape}: nothing to test."
+        )
+    membership = sparse.csr_array(membership, dtype=np.float64, copy=True)
+    membership.sum_duplicates()
+    if not np.isin(membership.data, (0, 1)).all():
+        raise InputError(
+            "membership holds values other than 0 and 1: weights have no meaning in these tests."
+        )
+    return membership

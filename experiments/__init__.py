@@ -1,0 +1,1 @@
+"""One absl program a study; each module's docstring has its command."""

@@ -1,0 +1,354 @@
+r"""The main job: cells and an embedding in; a dictionary with named features out.
+
+    python -m experiments.quickstart --workdir=runs/demo          (or: sae-jax quickstart ...)
+    python -m experiments.quickstart --h5ad=cells.h5ad --embedding=X_scvi --label=cell_type \
+        --expression=X --expression_is=counts --gene_sets=GO_Biological_Process_2021.gmt \
+        --workdir=runs/mine
+
+Sweeps 28 configurations (vanilla, bricken and topk_schuster, their penalties, two seeds) in three
+compiled programs, chooses one, and names its features. The first command takes about a minute on
+two cores and needs no network: its cells are the 700 PBMC that ship with scanpy.
+
+The rule of choice. Admissible are configurations with a validation L0 of at most --max_l0_percent
+of the latents and a validation R² of at least --min_r2 (the second condition is dropped, and said
+to be, if none meets both). Of these: with --label, the one whose best features tell the labels
+apart best (mean over labels of the best AUROC) on one half of the cells; all figures per label are
+then measured on the other half. Without labels, the one of highest validation R².
+"""
+
+import dataclasses
+import importlib.util
+import json
+import math
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import anndata
+import numpy as np
+import pandas as pd
+from absl import flags, logging
+from scipy import sparse
+
+import sae_jax
+from analysis import annotation, cells, features, gene_sets, nulls, plots
+from experiments import cli, quickstart_page
+from sae_jax import InputError, data, files, workdir
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string("h5ad", None, "AnnData file; default: the PBMC data that ship with scanpy.")
+flags.DEFINE_string("embedding", None, "Key of obsm; default: PCA of the expression.")
+flags.DEFINE_integer("pca", 50, "Dimensions of that PCA.", lower_bound=1)
+flags.DEFINE_string("expression", None, "X, raw, or the name of a layer (default X).")
+flags.DEFINE_enum(
+    "expression_is", None, cells.EXPRESSION_KINDS, "What that holds; checked, never guessed."
+)
+flags.DEFINE_string("gene_symbols", None, "Column of var with symbols; default: the var names.")
+flags.DEFINE_string("label", None, "Column of obs with labels of the cells, cell types say.")
+flags.DEFINE_string(
+    "gene_sets", gene_sets.EMBEDDED, "GMT file, name of an online library, or 'embedded'."
+)
+flags.DEFINE_integer("min_size", None, "Smallest set in measured genes; 2 if embedded, else 20.")
+flags.DEFINE_integer("max_size", None, "Largest set in measured genes; 2000 if embedded, else 500.")
+flags.DEFINE_string("workdir", None, "Folder to fill.")
+flags.DEFINE_bool("overwrite", False, "Replace what an earlier run left in --workdir.")
+flags.DEFINE_bool("resume", False, "Continue an earlier run in --workdir, of the same settings.")
+flags.DEFINE_integer("n_latents", None, "Latents; default: ten times the embedding's dimensions.")
+flags.DEFINE_integer("batch_size", 128, "Cells a step.", lower_bound=1)
+flags.DEFINE_integer("steps", 4000, "Steps of each configuration, rounded up to whole epochs.")
+flags.DEFINE_integer("seeds", 2, "Initialisations of each setting.", lower_bound=1)
+flags.DEFINE_integer("seed", 0, "Of the splits of the cells and of the order of training.")
+flags.DEFINE_float("max_l0_percent", 10.0, "Most active latents a cell, percent of all latents.")
+flags.DEFINE_float("min_r2", 0.8, "Least validation R².")
+flags.DEFINE_float("high_percentile", 90.0, "A cell above it is high, of all cells.")
+
+L1_WEIGHTS = [0.5, 0.75, 1.0, 1.5, 2.0]
+K_PERCENTS = [1, 2, 5, 10]
+VALIDATION_SHARE = 0.1
+SHOWN = 10  # best-named features printed, and shown in the report
+SETTINGS = "quickstart.json"  # written first: it tells a folder of ours from anybody's
+OUTPUTS = (
+    SETTINGS, "configs.json", "results.parquet", "history.parquet", "dictionaries", "choice.json",
+    "features.h5ad", "enrichment.parquet", "labels.csv", "figures", "report.html",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """All that is read, and checked."""
+
+    settings: dict[str, Any]
+    obs: pd.DataFrame
+    expression: cells.Expression
+    embedding: np.ndarray
+    labels: pd.Series | None
+    sets: gene_sets.GeneSets
+
+
+def main() -> None:
+    """Runs the program by its flags."""
+    # 1. Refuse what is wrong before anything is written.
+    out = check_workdir()
+    inputs = read_inputs()
+    train, validation = split_cells(len(inputs.embedding))
+    configs = sweep_configs(inputs.embedding.shape[1])
+    claim(out, inputs.settings)
+
+    # 2. Train all configurations, choose one.
+    began = time.perf_counter()
+    run = sae_jax.train(
+        configs,
+        inputs.embedding[train],
+        inputs.embedding[validation],
+        epochs=math.ceil(FLAGS.steps / (len(train) // FLAGS.batch_size)),
+        workdir=out,
+        data_seed=FLAGS.seed,
+    )
+    logging.info("trained %d configurations in %.0f s", len(configs), time.perf_counter() - began)
+    halves = data.split(len(inputs.embedding), 0.5, FLAGS.seed + 1)
+    member, reason = choose(run, inputs, halves[0])
+    logging.info("chosen: member %d, %s", member, reason)
+
+    # 3. Name its features, and count what the same pipeline names by chance.
+    z = run.dictionaries[member].encode(inputs.embedding, sparse=True)
+    live = np.flatnonzero(z.getnnz(axis=0))
+    z = z[:, live]
+    logging.info("naming %d live features by %d gene sets", len(live), len(inputs.sets.names))
+    rule = annotation.Rule(percentile=FLAGS.high_percentile)
+    found = annotation.annotate(z, inputs.expression, inputs.sets, rule)
+    shuffled = nulls.permuted_cells(z, FLAGS.seed)
+    null = annotation.annotate(shuffled, inputs.expression, inputs.sets, rule)
+
+    # 4. Write tables, figures and the page.
+    table = features_table(z, live, found, inputs.labels)
+    coordinates, axis = plots.plane(inputs.embedding)
+    adata = anndata.AnnData(
+        z,
+        obs=inputs.obs,
+        var=table.copy(),  # writing turns its text into categories
+        obsm={f"X_{axis.lower()}": coordinates},
+        uns={"quickstart": json.dumps({**inputs.settings, "member": member})},
+    )
+    with files.write_aside(out / "features.h5ad") as fresh:
+        adata.write_h5ad(fresh, compression="gzip")
+    annotation.write(found, table.index.to_numpy(), out / "enrichment.parquet")
+    best = None if inputs.labels is None else label_table(z, inputs, halves, table)
+    if best is not None:
+        with files.write_aside(out / "labels.csv") as fresh:
+            best.to_csv(fresh, index=False)
+    quickstart_page.write(
+        out,
+        quickstart_page.Findings(
+            results=run.results,
+            member=member,
+            reason=reason,
+            limits=(FLAGS.max_l0_percent / 100, FLAGS.min_r2),
+            table=table,
+            adata=adata,
+            axis=axis,
+            labels=inputs.labels,
+            best=best,
+            coverage=inputs.sets.coverage,
+            universe=len(inputs.expression.genes),
+            found=found,
+            null=null,
+            settings=inputs.settings,
+        ),
+    )
+
+    # 5. Say where everything lies.
+    print(f"\n{out}/")
+    for name, what in quickstart_page.FILES.items():
+        if (out / name).exists():
+            print(f"  {name:<20} {what}")
+    print("\nbest-named features")
+    for line in quickstart_page.top_lines(table):
+        print(f"  {line}")
+
+
+def check_workdir() -> Path:
+    """The folder to fill. Refuses one that is in use, unless told to replace or continue it."""
+    if not FLAGS.workdir:
+        raise InputError("--workdir is needed: the folder to fill")
+    if FLAGS.overwrite and FLAGS.resume:
+        raise InputError("--overwrite and --resume exclude each other")
+    out = Path(FLAGS.workdir)
+    workdir.check_writable(out)
+    if out.is_dir() and any(out.iterdir()):
+        if not (out / SETTINGS).is_file():
+            raise InputError(f"{out} holds other files; choose an empty or a new folder")
+        if not (FLAGS.overwrite or FLAGS.resume):
+            raise InputError(
+                f"{out} holds an earlier run: --overwrite replaces it, --resume continues it"
+            )
+    return out
+
+
+def read_inputs() -> Inputs:
+    """Everything the flags name, checked before any work."""
+    source, kind, label = FLAGS.expression or "X", FLAGS.expression_is, FLAGS.label
+    path = FLAGS.h5ad
+    if path is None:
+        path, label = default_cells(), label or "bulk_labels"
+        if FLAGS.expression is None:  # X is scaled there; raw holds all 765 genes as log1p
+            source, kind = "raw", "log1p"
+    if kind is None:
+        raise InputError(
+            f"--expression_is is needed: does {source} of {path} hold counts or log1p values?"
+        )
+    adata = cells.read(path)
+    labels = None if label is None else cells.labels(adata, label)
+    embedding = None if FLAGS.embedding is None else cells.embedding(adata, FLAGS.embedding)
+    expression = cells.expression(adata, source, kind, FLAGS.gene_symbols)
+    embedded = FLAGS.gene_sets == gene_sets.EMBEDDED
+    sets = gene_sets.load(
+        FLAGS.gene_sets,
+        expression.genes,
+        (2 if embedded else 20) if FLAGS.min_size is None else FLAGS.min_size,
+        (2000 if embedded else 500) if FLAGS.max_size is None else FLAGS.max_size,
+    )
+    logging.info("%d cells, %d genes; %s", adata.n_obs, len(expression.genes), sets.coverage)
+    if embedding is None:
+        embedding = cells.pca(expression.x, FLAGS.pca)
+    ours = FLAGS.get_flags_for_module(FLAGS.find_module_defining_flag("h5ad"))
+    settings = {flag.name: flag.value for flag in ours}
+    settings |= {"h5ad": str(path), "expression": source, "expression_is": kind, "label": label}
+    return Inputs(
+        settings=settings, obs=adata.obs, expression=expression, embedding=embedding,
+        labels=labels, sets=sets,
+    )  # fmt: skip
+
+
+def default_cells() -> Path:
+    """The 700 PBMC that ship with scanpy (Zheng 2017, by way of 10x Genomics)."""
+    package = importlib.util.find_spec("scanpy")
+    if package is None:
+        raise InputError(
+            "without --h5ad the cells come from scanpy, which is not installed: "
+            "pip install 'sae-jax[single-cell]'"
+        )
+    return Path(package.origin).parent / "datasets" / "10x_pbmc68k_reduced.h5ad"
+
+
+def split_cells(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of training and validation cells; refuses fewer than a batch."""
+    train, validation = data.split(count, VALIDATION_SHARE, FLAGS.seed)
+    if len(train) < FLAGS.batch_size or len(validation) < 2:
+        raise InputError(
+            f"{count} cells leave {len(train)} for training and {len(validation)} for validation: "
+            f"fewer than a batch of {FLAGS.batch_size} (--batch_size) or than 2"
+        )
+    return train, validation
+
+
+def sweep_configs(d_in: int) -> list[sae_jax.SAEConfig]:
+    """The configurations, on embeddings scaled by one factor so that penalties carry over."""
+    shared = {
+        "d_in": d_in,
+        "n_latents": FLAGS.n_latents or 10 * d_in,
+        "input_normalization": "scalar",
+        "learning_rate": 1e-3,
+        "batch_size": FLAGS.batch_size,
+        "seed": list(range(FLAGS.seeds)),
+    }
+    return [
+        *sae_jax.grid("vanilla", l1_weight=L1_WEIGHTS, **shared),
+        *sae_jax.grid("bricken", l1_weight=L1_WEIGHTS, **shared),
+        *sae_jax.grid("topk_schuster", k_percent=K_PERCENTS, **shared),
+    ]
+
+
+def claim(out: Path, settings: dict[str, Any]) -> None:
+    """Make the folder ours: clear what --overwrite replaces, and note the settings."""
+    if FLAGS.resume and (out / SETTINGS).exists():
+        earlier = json.loads((out / SETTINGS).read_text())
+        ignored = dict.fromkeys(("workdir", "overwrite", "resume"))
+        differences = workdir.difference(earlier | ignored, settings | ignored)
+        if differences:
+            raise InputError(f"{out} holds a run of other settings:\n  {differences}")
+    if FLAGS.overwrite:
+        for path in (out / name for name in OUTPUTS):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+    files.write_json(out / SETTINGS, settings)
+
+
+def choose(run: sae_jax.Run, inputs: Inputs, half: np.ndarray) -> tuple[int, str]:
+    """The member to look at, and why, by the rule in this module's docstring."""
+    trained = run.results[run.results["status"] == "trained"]
+    if trained.empty:
+        raise InputError("every configuration diverged: is the embedding on a sane scale?")
+    l0_share = trained["validation_l0"] / trained["n_latents"]
+    sparse_enough = trained[l0_share <= FLAGS.max_l0_percent / 100]
+    admissible = sparse_enough[sparse_enough["validation_r2"] >= FLAGS.min_r2]
+    limits = f"L0 <= {FLAGS.max_l0_percent:g} % and R2 >= {FLAGS.min_r2:g}"
+    if admissible.empty:
+        logging.warning("no configuration has %s; the second condition is dropped", limits)
+        limits = f"L0 <= {FLAGS.max_l0_percent:g} %, none with R2 >= {FLAGS.min_r2:g}"
+        admissible = sparse_enough
+    if admissible.empty:
+        member = l0_share.idxmin()
+        return int(member), f"the sparsest: none has L0 <= {FLAGS.max_l0_percent:g} %"
+    if inputs.labels is None or not limits.endswith(f"R2 >= {FLAGS.min_r2:g}"):
+        member = admissible["validation_r2"].idxmax()
+        return int(member), f"highest validation R2 of {len(admissible)} with {limits}"
+    x, labels = inputs.embedding[half], inputs.labels.iloc[half]
+    scores = {
+        member: features.auroc(run.dictionaries[member].encode(x, sparse=True), labels)[1]
+        for member in admissible.index
+    }
+    means = {member: areas.max(axis=0).mean() for member, areas in scores.items()}
+    member = max(means, key=means.get)
+    return int(member), (
+        f"mean best AUROC {means[member]:.3f} over the labels on half of the cells, "
+        f"highest of {len(admissible)} with {limits}"
+    )
+
+
+def features_table(
+    z: sparse.csr_matrix, live: np.ndarray, found: annotation.Annotation, labels: pd.Series | None
+) -> pd.DataFrame:
+    """One row a live feature, as var of features.h5ad; a slash in a label becomes a bar there."""
+    table = features.activity(z).set_index(pd.Index([f"feature_{latent}" for latent in live]))
+    table.insert(0, "latent", live)
+    if labels is None:
+        table["best_label"] = pd.Series(None, index=table.index, dtype=object)
+    else:
+        names, areas = features.auroc(z, labels)
+        for name, column in zip(names, areas.T, strict=True):
+            # HDF5 takes a slash in a column's name for a path, and the file cannot be read again.
+            table[f"auroc:{name}".replace("/", "|")] = column
+        table["best_label"] = names[areas.argmax(axis=1)]
+        table["best_label_auroc"] = areas.max(axis=1)
+    terms = found.best_terms()
+    position = {term: i for i, term in enumerate(found.terms)}
+    q = found.tests["fisher"].q
+    table["best_term"] = terms
+    table["best_term_q"] = [
+        q[i, position[term]] if term else np.nan for i, term in enumerate(terms)
+    ]
+    table["top_genes"] = [", ".join(genes) for genes in found.top_genes]
+    return table
+
+
+def label_table(
+    z: sparse.csr_matrix,
+    inputs: Inputs,
+    halves: tuple[np.ndarray, np.ndarray],
+    table: pd.DataFrame,
+) -> pd.DataFrame:
+    """The best feature of every label on held-out cells, with its name, its genes and its terms."""
+    best = features.best_for_labels(z, inputs.embedding, inputs.labels, *halves)
+    chosen = table.iloc[best["feature"]]
+    best["feature"] = chosen.index
+    best["best_term"] = chosen["best_term"].to_numpy()
+    best["best_term_q"] = chosen["best_term_q"].to_numpy()
+    best["top_genes"] = chosen["top_genes"].to_numpy()
+    return best
+
+
+if __name__ == "__main__":
+    cli.launch(main)

@@ -1,0 +1,231 @@
+"""The pictures and the page of the quickstart."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import anndata
+import pandas as pd
+
+from analysis import plots, report
+from analysis.annotation import Annotation
+from analysis.gene_sets import Coverage
+
+FILES = {
+    "report.html": "the page: everything below, to look at",
+    "results.parquet": "one row a configuration: settings and metrics",
+    "history.parquet": "one row per configuration and epoch: losses",
+    "dictionaries": "one folder a configuration: cfg.json, sae_weights.safetensors",
+    "features.h5ad": "cells × live features of the chosen dictionary; var names them",
+    "enrichment.parquet": "feature × term × test: size, hits, effect, p, q, q_all",
+    "labels.csv": "the best feature of every label, on held-out cells",
+    "figures": "frontier, label_auroc, cells: PNG and PDF",
+}
+PER_LABEL = 2  # features a label has in the heat map
+PANELS = 11
+TOP = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Findings:
+    """What the page tells."""
+
+    results: pd.DataFrame
+    member: int
+    reason: str
+    limits: tuple[float, float]  # share of active latents at most, R² at least
+    table: pd.DataFrame  # one row a live feature
+    adata: anndata.AnnData
+    axis: str
+    labels: pd.Series | None
+    best: pd.DataFrame | None
+    coverage: Coverage
+    universe: int
+    found: Annotation
+    null: Annotation
+    settings: dict[str, Any]
+
+
+def write(out: Path, findings: Findings) -> None:
+    """Draw the figures into `out`/figures and write `out`/report.html."""
+    pictures = _draw(out / "figures", findings)
+    report.write(out / "report.html", "Features of an embedding", _sections(findings, pictures))
+
+
+def top_named(table: pd.DataFrame) -> pd.DataFrame:
+    """The best-named features: smallest q first, each term once."""
+    named = table[table["best_term"].notna()].sort_values("best_term_q", kind="stable")
+    return named.drop_duplicates("best_term").head(TOP)
+
+
+def top_lines(table: pd.DataFrame) -> list[str]:
+    """The same, a line each."""
+    lines = []
+    for name, row in top_named(table).iterrows():
+        label = f"  {row['best_label']} {row['best_label_auroc']:.3f}" if row["best_label"] else ""
+        lines.append(
+            f"{name:<13} {row['best_term']}  q={row['best_term_q']:.1e}{label}"
+            f"  [{row['top_genes']}]"
+        )
+    return lines or ["none: no gene set is over-represented in any feature's genes"]
+
+
+def title(name: str, row: pd.Series) -> str:
+    """A feature's short name in a figure."""
+    term = row["best_term"] or "unnamed"
+    return f"{name.removeprefix('feature_')}: {term if len(term) <= 34 else term[:33] + '…'}"
+
+
+def _draw(folder: Path, findings: Findings) -> dict[str, Path]:
+    table, adata = findings.table, findings.adata
+    pictures = {
+        "frontier": plots.save(
+            plots.frontier(findings.results, findings.member, *findings.limits), folder, "frontier"
+        )
+    }
+    shown = list(top_named(table).index)
+    if findings.labels is not None:
+        columns = [f"auroc:{label}".replace("/", "|") for label in findings.labels.cat.categories]
+        areas = table[columns].set_axis(findings.labels.cat.categories, axis=1)
+        picked = list(
+            dict.fromkeys(
+                name for label in areas for name in areas[label].nlargest(PER_LABEL).index
+            )
+        )
+        figure = plots.label_heatmap(
+            areas.loc[picked].T, [title(name, table.loc[name]) for name in picked]
+        )
+        pictures["labels"] = plots.save(figure, folder, "label_auroc")
+        shown = list(dict.fromkeys([*findings.best["feature"], *shown]))
+    shown = shown[:PANELS] or list(table.nlargest(PANELS, "mean_activation").index)
+    figure = plots.cells_by_feature(
+        adata.obsm[f"X_{findings.axis.lower()}"],
+        findings.axis,
+        adata[:, shown].X,
+        [title(name, table.loc[name]) for name in shown],
+        findings.labels,
+    )
+    pictures["cells"] = plots.save(figure, folder, "cells")
+    return pictures
+
+
+def _sections(findings: Findings, pictures: dict[str, Path]) -> list[tuple[str, list[str]]]:
+    table, chosen = findings.table, findings.results.loc[findings.member]
+    found, null, rule = findings.found, findings.null, findings.found.rule
+    sections = [
+        (
+            "What was found",
+            [
+                report.paragraph(
+                    f"{findings.adata.n_obs} cells, an embedding of {chosen['d_in']} dimensions, "
+                    f"{chosen['n_latents']} latents, of which {len(table)} are active in at least "
+                    f"one cell; {found.share_named():.0%} of those are named by a gene set. The "
+                    f"same pipeline names {null.share_named():.1%} of features whose cells were "
+                    "permuted: that is the rate of names that mean nothing."
+                ),
+                report.table(_readable(top_named(table).reset_index(names="feature"))),
+            ],
+        )
+    ]
+    if findings.best is not None:
+        sections.append(
+            (
+                "The best feature of every label",
+                [
+                    report.paragraph(
+                        "Chosen on one half of the cells; auroc is measured on the other half. "
+                        "Beside it the best single dimension of the embedding, chosen and measured "
+                        "in the same way (either sign)."
+                    ),
+                    report.table(findings.best.drop(columns="dimension")),
+                    report.picture(
+                        pictures["labels"],
+                        f"The {PER_LABEL} features of highest AUROC of every label, all cells.",
+                    ),
+                ],
+            )
+        )
+    sections += [
+        (
+            "Cells",
+            [
+                report.picture(
+                    pictures["cells"],
+                    "Cells by label, then by the activation of features; grey: silent.",
+                )
+            ],
+        ),
+        (
+            "The sweep",
+            [
+                report.paragraph(
+                    f"Chosen: configuration {findings.member} ({chosen['name']}), "
+                    f"validation R² {chosen['validation_r2']:.3f}, "
+                    f"L0 {chosen['validation_l0']:.1f} of {chosen['n_latents']} "
+                    f"({chosen['validation_l0'] / chosen['n_latents']:.1%}): {findings.reason}."
+                ),
+                report.picture(pictures["frontier"], "Every configuration on held-out cells."),
+                report.table(_results(findings.results)),
+            ],
+        ),
+        (
+            "How features were named",
+            [
+                report.items(
+                    [
+                        f"A cell is high above the {rule.percentile:g}th percentile of all cells, "
+                        "and is compared with all cells in which the feature is silent, gene by "
+                        "gene, by Welch's t-test on ln(1 + counts per ten thousand).",
+                        f"A gene is up at q < {rule.gene_q:g} and a fold change of mean counts of "
+                        f"at least {rule.fold_change:g}.",
+                        "A term names a feature by Fisher's exact test of the genes that are up, "
+                        f"at q < {rule.term_q:g} over the terms (Benjamini-Hochberg), with at "
+                        f"least {rule.hits} of them, if at least {rule.cells} cells are high. The "
+                        f"universe are the {findings.universe} measured genes.",
+                        "Mann-Whitney on the ranking of all genes by t is in enrichment.parquet "
+                        "too, and names nothing here: it takes co-expressed genes for independent "
+                        f"ones. At the same q it would name {found.share_ranked():.0%} of the "
+                        f"features, and {null.share_ranked():.0%} of permuted ones.",
+                    ]
+                ),
+                report.paragraph(f"Gene sets: {findings.coverage}."),
+                report.items(
+                    [
+                        f"{what}: {_some(dropped)}"
+                        for what, dropped in {
+                            "left out, with no measured gene": {
+                                name: n for name, n in findings.coverage.too_small.items() if n == 0
+                            },
+                            "left out, with too few measured genes": {
+                                name: n for name, n in findings.coverage.too_small.items() if n > 0
+                            },
+                            "left out, with too many measured genes": findings.coverage.too_large,
+                        }.items()
+                        if dropped
+                    ]
+                ),
+            ],
+        ),
+        ("Files", [report.items([f"{name}: {what}" for name, what in FILES.items()])]),
+        ("Settings", [report.code(json.dumps(findings.settings, indent=1))]),
+    ]
+    return sections
+
+
+def _readable(table: pd.DataFrame) -> pd.DataFrame:
+    columns = ["feature", "best_term", "best_term_q", "best_label", "best_label_auroc", "density"]
+    return table[[c for c in [*columns, "top_genes"] if c in table]]
+
+
+def _results(results: pd.DataFrame) -> pd.DataFrame:
+    settings = ["member", "name", "l1_weight", "k", "seed", "status"]
+    measured = [f"{split}_{m}" for split in ("validation", "train") for m in ("r2", "l0", "live")]
+    return results[settings + measured]
+
+
+def _some(dropped: dict[str, int], most: int = 12) -> str:
+    names = list(dropped)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,0 +1,1 @@
+"""Foundation models to arrays (PyTorch). Talks to the other packages through files only."""

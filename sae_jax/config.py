@@ -1,0 +1,173 @@
+"""What one dictionary is, as independent choices, and the published presets of them.
+
+`Architecture` holds the static choices: they shape the compiled program, so only members that agree
+on all of them train inside one. `SAEConfig` adds the traced ones, which may differ per member.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, Self
+
+from sae_jax.errors import InputError
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "activation": ("relu", "topk"),
+    "pre_bias": ("none", "free", "tied"),
+    "decoder_norm": ("free", "unit"),
+    "decoder_bias": ("free", "none"),
+    "init": ("torch", "tied"),
+    "reduction": ("sum", "mean"),
+    "input_normalization": ("none", "zscore", "scalar"),
+}
+
+# Each preset: the fields it sets, then the fields it leaves to the user without a default.
+PRESETS: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
+    # Schuster, appendix A.1: z = ReLU(W x + b), x' = W' z + b'.
+    "vanilla": ({"activation": "relu"}, ("l1_weight",)),
+    # Schuster's "ReLU", after Bricken et al. 2023: a learned bias is added before encoding. The
+    # authors' code keeps it free of the decoder bias (x + b_pre, zero at the start).
+    "bricken": ({"activation": "relu", "pre_bias": "free"}, ("l1_weight",)),
+    # Schuster's TopK: k is a percentage of the latents, top-k of pre-activations and then ReLU (so
+    # fewer than k may be active), no L1 and no auxiliary loss.
+    "topk_schuster": ({"activation": "topk"}, ("k_percent",)),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """The choices that shape the program; equal architectures train together.
+
+    Attributes:
+      d_in: dimensions of the embedding.
+      n_latents: latents in the dictionary; exact, widths are never padded.
+      activation: `relu`, or `topk` (the k largest pre-activations of a row, then ReLU).
+      pre_bias: what is added to the input before encoding: `none`; `free`, a parameter of its own
+        (x + b_pre); `tied`, minus the decoder's bias (x - b_dec).
+      decoder_norm: `free`, or `unit`: the gradient is projected and every latent's direction
+        renormalised after each step, so what is saved has unit norm.
+      decoder_bias: `free`, or `none` (Claye: A' = U D^T).
+      init: `torch`, the fan-in uniform of `torch.nn.Linear`; `tied`, unit decoder directions and
+        the encoder their transpose.
+      reduction: `sum`, as equation 3 of Schuster is printed: squared error and |z| are summed over
+        dimensions and latents, then averaged over the batch; `mean` averages over those too, as the
+        authors' code does. The same L1 weight means different things:
+        weight_sum = weight_mean * d_in / n_latents.
+      input_normalization: `none`; `zscore` per dimension; `scalar`, one factor that brings the mean
+        squared norm to d_in. Statistics travel with the dictionary and `encode` applies them.
+      batch_size: rows a step.
+    """
+
+    d_in: int
+    n_latents: int
+    activation: str = "relu"
+    pre_bias: str = "none"
+    decoder_norm: str = "free"
+    decoder_bias: str = "free"
+    init: str = "torch"
+    reduction: str = "sum"
+    input_normalization: str = "none"
+    batch_size: int = 128
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SAEConfig(Architecture):
+    """One dictionary to train: an architecture and its own hyperparameters.
+
+    Attributes:
+      learning_rate: Adam's, constant.
+      l1_weight: factor of the |z| term, in the scale of `reduction`.
+      k: active latents a row at most; for `topk` only, in 1 .. n_latents.
+      seed: of the initialisation and of nothing else.
+      name: of the preset it came from; for tables, never for arithmetic.
+
+    Raises:
+      InputError: a value out of its range, or one that the architecture has no use for.
+    """
+
+    learning_rate: float = 1e-3
+    l1_weight: float = 0.0
+    k: int | None = None
+    seed: int = 0
+    name: str = "custom"
+
+    def __post_init__(self) -> None:
+        for field, allowed in CHOICES.items():
+            if getattr(self, field) not in allowed:
+                raise InputError(
+                    f"{field}={getattr(self, field)!r} is not one of {', '.join(allowed)}"
+                )
+        for field in ("d_in", "n_latents", "batch_size"):
+            _check_integer(field, getattr(self, field), low=1)
+        _check_integer("seed", self.seed, low=0, high=2**32 - 1)
+        for field, positive in (("learning_rate", True), ("l1_weight", False)):
+            value = getattr(self, field)
+            if not (math.isfinite(value) and (value > 0 if positive else value >= 0)):
+                bound = "above 0" if positive else "at least 0"
+                raise InputError(f"{field}={value!r} must be finite and {bound}")
+        if self.activation == "topk":
+            if self.k is None:
+                raise InputError("activation='topk' needs k, the active latents a row")
+            _check_integer("k", self.k, low=1, high=self.n_latents)
+        elif self.k is not None:
+            raise InputError(f"k={self.k} has no meaning for activation={self.activation!r}")
+        if self.pre_bias == "tied" and self.decoder_bias == "none":
+            raise InputError("pre_bias='tied' subtracts the decoder's bias; decoder_bias is 'none'")
+
+    @classmethod
+    def preset(cls, preset: str, /, **fields: Any) -> Self:
+        """A published architecture by name; any field may be given beside it.
+
+        `topk_schuster` takes `k_percent` of n_latents: k = max(1, int(n_latents * percent / 100)).
+
+        Raises:
+          InputError: an unknown preset or field, or one that the preset needs and was not given.
+        """
+        fixed, required = preset_fields(preset)
+        missing = [name for name in ("d_in", "n_latents", *required) if name not in fields]
+        if missing:
+            raise InputError(f"preset {preset!r} needs {', '.join(missing)}")
+        if "k_percent" in required:
+            percent = fields.pop("k_percent")
+            if not 0 < percent <= 100:
+                raise InputError(f"k_percent={percent!r} must be in (0, 100]")
+            fields["k"] = max(1, int(fields["n_latents"] * percent / 100))
+        return cls.from_dict({**fixed, "name": preset, **fields})
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
+        """From a mapping of fields, as read from cfg.json; an unknown name is refused."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        unknown = sorted(set(fields) - set(known))
+        if unknown:
+            raise InputError(
+                f"SAEConfig has no field {', '.join(unknown)}; it has {', '.join(known)}"
+            )
+        absent = sorted({"d_in", "n_latents"} - set(fields))
+        if absent:
+            raise InputError(f"SAEConfig needs {' and '.join(absent)}")
+        return cls(**fields)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, in JSON's types."""
+        return dataclasses.asdict(self)
+
+    @property
+    def architecture(self) -> Architecture:
+        """The static part: the key by which members are gathered into one program."""
+        names = (field.name for field in dataclasses.fields(Architecture))
+        return Architecture(**{name: getattr(self, name) for name in names})
+
+
+def preset_fields(preset: str) -> tuple[dict[str, str], tuple[str, ...]]:
+    """The fields a preset sets, and those it requires. Raises InputError for an unknown one."""
+    if preset not in PRESETS:
+        raise InputError(f"unknown preset {preset!r}; there are {', '.join(PRESETS)}")
+    return PRESETS[preset]
+
+
+def _check_integer(field: str, value: Any, *, low: int, high: int | None = None) -> None:
+    integer = isinstance(value, int) and not isinstance(value, bool)
+    if not integer or value < low or (high is not None and value > high):
+        bounds = f"at least {low}" if high is None else f"in {low} .. {high}"
+        raise InputError(f"{field}={value!r} must be an integer {bounds}")

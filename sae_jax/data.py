@@ -1,0 +1,66 @@
+"""Rows to train on: checks, splits and normalisation."""
+
+import hashlib
+from typing import Any
+
+import numpy as np
+
+from sae_jax.errors import InputError
+from sae_jax.state import Normalizer
+
+
+def check_rows(x: Any, name: str, *, d_in: int | None = None) -> np.ndarray:
+    """`x` as a C-ordered floating array [rows, d_in]; float32 unless it is float64 already.
+
+    Raises:
+      InputError: not two-dimensional, not numbers, of another width than d_in, empty, or with NaN
+        or infinite values (how many, in which rows first).
+    """
+    x = np.asarray(x)
+    if x.ndim != 2:
+        raise InputError(f"{name} has shape {x.shape}; it must be [rows, dimensions]")
+    if not (np.issubdtype(x.dtype, np.number) and np.isrealobj(x)):
+        raise InputError(f"{name} has dtype {x.dtype}; it must hold real numbers")
+    if d_in is not None and x.shape[1] != d_in:
+        raise InputError(f"{name} has {x.shape[1]} dimensions, the dictionary has d_in={d_in}")
+    if x.size == 0:
+        raise InputError(f"{name} is empty: shape {x.shape}")
+    x = np.ascontiguousarray(x, x.dtype if x.dtype == np.float64 else np.float32)
+    finite = np.isfinite(x)
+    if not finite.all():
+        rows = np.flatnonzero(~finite.all(axis=1))
+        first = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
+        raise InputError(
+            f"{name} holds {x.size - finite.sum()} NaN or infinite values in {len(rows)} of "
+            f"{len(x)} rows (rows {first}); remove or repair those rows"
+        )
+    return x
+
+
+def split(rows: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sorted positions of train and held-out rows; the held-out ones are round(rows * fraction)."""
+    order = np.random.default_rng(seed).permutation(rows)
+    held_out = round(rows * fraction)
+    return np.sort(order[held_out:]), np.sort(order[:held_out])
+
+
+def fit_normalizer(x: np.ndarray, kind: str) -> Normalizer | None:
+    """Statistics of `input_normalization`, in float64 over the rows of x [rows, d_in].
+
+    A dimension (or a matrix) without variation is left at scale 1.
+    """
+    if kind == "none":
+        return None
+    if kind == "zscore":
+        mean, scale = x.mean(axis=0, dtype=np.float64), x.std(axis=0, dtype=np.float64)
+    else:
+        mean = np.zeros(x.shape[1])
+        scale = np.full(x.shape[1], np.sqrt(np.mean(np.square(x, dtype=np.float64))))
+    scale = np.where(scale > 0, scale, 1)
+    return Normalizer(mean=mean.astype(x.dtype), scale=scale.astype(x.dtype))
+
+
+def fingerprint(x: np.ndarray) -> dict[str, Any]:
+    """Shape, dtype and SHA-256 of an array's values, in JSON's types."""
+    digest = hashlib.sha256(np.ascontiguousarray(x)).hexdigest()
+    return {"shape": list(x.shape), "dtype": str(x.dtype), "sha256": digest}

@@ -1,0 +1,22 @@
+"""Devices: how many this process computes on, and the mesh that members are spread over."""
+
+import os
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+
+def use_all_cpu_cores() -> None:
+    """Let JAX see one CPU device a core, so that members of a sweep train side by side.
+
+    For programs, before their first JAX computation (JAX then refuses the change); a library call
+    must not decide this. Results do not depend on it. Accelerators are not affected.
+    """
+    jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
+
+
+def member_mesh(members: int) -> Mesh:
+    """The local devices in one axis named `member`; never more of them than members."""
+    devices = jax.local_devices()[: max(1, members)]
+    return Mesh(np.asarray(devices), ("member",), axis_types=(AxisType.Auto,))

@@ -1,0 +1,58 @@
+"""Members to buckets to one mapped program. The only file that knows of a member axis.
+
+Members whose architectures are equal form a bucket and share one compiled program. Inside it they
+are spread over the devices by `shard_map`, and on each device mapped by `lax.map` on CPU, where one
+small member at a time stays in cache, or by `vmap` on accelerators, which want wide products.
+
+Under `lax.map` a member's arithmetic does not depend on who trains beside it, bit for bit. Under
+`vmap` the shape of a product changes its rounding: float32 results agree to rounding only.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
+
+from sae_jax.config import Architecture, SAEConfig
+from sae_jax.state import Hyperparams, hyperparams
+
+
+def buckets(configs: Sequence[SAEConfig]) -> dict[Architecture, list[int]]:
+    """Positions of the configs that share each architecture, in order of first appearance."""
+    positions: dict[Architecture, list[int]] = {}
+    for position, config in enumerate(configs):
+        positions.setdefault(config.architecture, []).append(position)
+    return positions
+
+
+def stack_hyperparams(configs: Sequence[SAEConfig], mesh: Mesh, dtype: Any) -> Hyperparams:
+    """Hyperparams [members, ...], the last member repeated up to a multiple of the devices."""
+    surplus = -len(configs) % mesh.size
+    members = [hyperparams(config, dtype) for config in [*configs, *[configs[-1]] * surplus]]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
+
+
+def map_members(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """`function(member, *shared)` for ONE member, lifted to `lifted(members, *shared)`.
+
+    `members` is a pytree whose leaves have the member axis in front, its length a multiple of the
+    mesh; `shared` is the same for all.
+    """
+
+    def on_device(members: Any, shared: tuple[Any, ...]) -> Any:
+        if mesh.devices.flat[0].platform == "cpu":
+            return lax.map(lambda member: function(member, *shared), members)
+        return jax.vmap(lambda member: function(member, *shared))(members)
+
+    member, replicated = PartitionSpec("member"), PartitionSpec()
+    mapped = jax.shard_map(
+        on_device,
+        mesh=mesh,
+        in_specs=(member, replicated),
+        out_specs=member,
+        check_vma=False,
+    )
+    return lambda members, *shared: mapped(members, shared)

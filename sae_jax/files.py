@@ -1,0 +1,56 @@
+"""Writing so that a file or folder is there whole or not at all."""
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@contextlib.contextmanager
+def write_aside(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yields a path to write a file or a folder at; on success it takes the place of `path`.
+
+    What is written is flushed to the disk before it is renamed. If the body raises, nothing is left
+    and what `path` held before is untouched.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        fresh = aside / path.name
+        yield fresh
+        for written in [fresh, *fresh.rglob("*")]:
+            _flush(written)
+        if path.is_dir():  # a folder cannot be replaced in one call: move the old one out first
+            path.rename(aside / "replaced")
+        fresh.rename(path)
+        _flush(path.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Indented JSON; NaN is refused."""
+    with write_aside(path) as fresh:
+        fresh.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def write_parquet(path: str | os.PathLike[str], table: "pd.DataFrame") -> None:
+    """Parquet with page checksums, without the index."""
+    with write_aside(path) as fresh:
+        table.to_parquet(fresh, index=False, write_page_checksum=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,205 @@
+"""Grid to configs to trained dictionaries and a table of results; the front door of training."""
+
+import dataclasses
+import importlib.metadata
+import itertools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from tqdm import tqdm
+
+from sae_jax import data, distributed, ensemble, metrics, models, trainer
+from sae_jax.config import SAEConfig, preset_fields
+from sae_jax.dictionary import Dictionary
+from sae_jax.errors import InputError
+from sae_jax.workdir import Member, Workdir, tables
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What `train` returns.
+
+    Attributes:
+      dictionaries: one per configuration, in the order given; None where training diverged.
+      results: a pandas DataFrame, one row per configuration in the same order: every field of the
+        config, `status` (trained or diverged), `epochs`, `train_loss` (mean of the last epoch), and
+        each metric of `sae_jax.metrics.evaluate` with prefix `train_` and, where validation rows
+        were given, `validation_`. A diverged member's metrics are NaN.
+      history: a pandas DataFrame, one row per configuration and epoch: member, epoch, loss, mse,
+        l1, l0 (means over the epoch's batches, in the normalised space).
+    """
+
+    dictionaries: list[Dictionary | None]
+    results: "pd.DataFrame"
+    history: "pd.DataFrame"
+
+
+def grid(preset: str, **axes: Any) -> list[SAEConfig]:
+    """Every combination of a preset with the given fields, in the order given, duplicates merged.
+
+    A list or tuple is an axis, anything else is the same for all. An axis that the preset has no
+    use for (k for vanilla, l1_weight for a TopK preset) is dropped with a line that says so.
+
+    Example:
+      >>> configs = grid("vanilla", d_in=4, n_latents=[8, 40], l1_weight=[1e-3, 1e-4], seed=[0, 1])
+      >>> len(configs)
+      8
+    """
+    fixed, required = preset_fields(preset)
+    unused = {"k", "k_percent"} if fixed["activation"] == "relu" else {"l1_weight"}
+    if "k_percent" in required:
+        unused.add("k")
+    for name in sorted(unused & set(axes)):
+        logging.info("preset %s has no use for %s: that axis is dropped", preset, name)
+    used = {
+        name: values if isinstance(values, list | tuple) else [values]
+        for name, values in axes.items()
+        if name not in unused
+    }
+    combinations = itertools.product(*used.values())
+    configs = [
+        SAEConfig.preset(preset, **dict(zip(used, values, strict=True))) for values in combinations
+    ]
+    return list(dict.fromkeys(configs))
+
+
+def train(
+    configs: Sequence[SAEConfig],
+    train: np.ndarray,
+    validation: np.ndarray | None = None,
+    *,
+    epochs: int,
+    workdir: str | os.PathLike[str] | None = None,
+    data_seed: int = 0,
+    progress: bool = True,
+) -> Run:
+    """Train a dictionary per configuration, all that share an architecture in one program.
+
+    Args:
+      configs: any mixture; see `Architecture` for what shapes a program.
+      train: rows [rows, d_in], float32 (float64 with jax's x64 mode).
+      validation: further rows [rows, d_in]; measured, never trained on.
+      epochs: passes over the rows; the rows after the last full batch of a pass are left out of it.
+      workdir: a folder to fill: configs.json, dictionaries/<member>/, results.parquet,
+        history.parquet. Members already finished there by the same call are not trained again.
+      data_seed: the order of rows depends on it and on the epoch alone.
+      progress: a bar on stderr.
+
+    Raises:
+      InputError: before any work: no configs, rows that are not finite, of another width or fewer
+        than a batch, or a workdir that holds other settings.
+    """
+    configs = list(configs)
+    rows, validation = _check(configs, train, validation, epochs)
+    settings = {
+        "configs": [config.to_dict() for config in configs],
+        "epochs": epochs,
+        "data_seed": data_seed,
+        "train": data.fingerprint(rows),
+        "validation": None if validation is None else data.fingerprint(validation),
+    }
+    out = None if workdir is None else Workdir(Path(workdir), settings)
+    members = {} if out is None else out.finished()
+
+    todo = [position for position in range(len(configs)) if position not in members]
+    programs = ensemble.buckets([configs[position] for position in todo])
+    logging.info("%d configurations -> %d programs", len(todo), len(programs))
+    with tqdm(total=len(todo) * epochs, unit=" epochs", disable=not progress) as bar:
+        for architecture, chosen in programs.items():
+            positions = [todo[i] for i in chosen]
+            bucket = [configs[position] for position in positions]
+            bar.set_description(f"{bucket[0].name} {architecture.d_in} -> {architecture.n_latents}")
+            trained = _train_bucket(bucket, rows, validation, epochs, data_seed, bar)
+            members |= dict(zip(positions, trained, strict=True))
+            if out is not None:
+                out.write(members)
+    results, history = tables(members)
+    return Run([members[i].dictionary for i in range(len(configs))], results, history)
+
+
+def _check(
+    configs: list[SAEConfig], train: np.ndarray, validation: np.ndarray | None, epochs: int
+) -> tuple[np.ndarray, np.ndarray | None]:
+    if not configs:
+        raise InputError("no configurations to train")
+    if epochs < 1:
+        raise InputError(f"epochs={epochs} must be at least 1")
+    rows = data.check_rows(train, "train")
+    if validation is not None:
+        validation = data.check_rows(validation, "validation", d_in=rows.shape[1])
+    for config in configs:
+        if config.d_in != rows.shape[1]:
+            raise InputError(
+                f"a configuration has d_in={config.d_in}, train has {rows.shape[1]} dimensions"
+            )
+        if config.batch_size > len(rows):
+            raise InputError(
+                f"batch_size={config.batch_size} is more than the {len(rows)} rows of train"
+            )
+    return rows, validation
+
+
+def _train_bucket(
+    configs: list[SAEConfig],
+    rows: np.ndarray,
+    validation: np.ndarray | None,
+    epochs: int,
+    data_seed: int,
+    bar: tqdm,
+) -> list[Member]:
+    """Train and measure configurations that share an architecture."""
+    architecture = configs[0].architecture
+    mesh = distributed.member_mesh(len(configs))
+    normalizer = data.fit_normalizer(rows, architecture.input_normalization)
+    inputs = models.normalize(jnp.asarray(rows), normalizer)
+    hyper = ensemble.stack_hyperparams(configs, mesh, inputs.dtype)
+
+    def on_chunk(done: int, loss: float) -> None:
+        bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
+        bar.update(done * len(configs))
+
+    trained = trainer.train_bucket(
+        hyper, inputs, architecture=architecture, mesh=mesh, epochs=epochs, data_seed=data_seed,
+        on_chunk=on_chunk,
+    )  # fmt: skip
+    measured = {}
+    for split, x in {"train": rows, "validation": validation}.items():
+        if x is not None:
+            values = metrics.evaluate(
+                trained.params, hyper, x, normalizer, architecture=architecture, mesh=mesh
+            )
+            measured |= {f"{split}_{name}": value for name, value in values.items()}
+
+    params, active = jax.device_get((trained.params, trained.active))
+    provenance = {
+        "epochs": epochs,
+        "data_seed": data_seed,
+        "train": data.fingerprint(rows),
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")},
+    }
+    members = []
+    for i, config in enumerate(configs):
+        weights = jax.tree.map(lambda leaf, i=i: leaf[i].copy(), params)
+        history = jax.tree.map(lambda leaf, i=i: leaf[i], trained.history)
+        alive = bool(active[i]) and all(np.isfinite(w).all() for w in jax.tree.leaves(weights))
+        row = {
+            **config.to_dict(),
+            "status": "trained" if alive else "diverged",
+            "epochs": epochs,
+            "train_loss": float(history.loss[-1]),
+            **{name: value[i].item() if alive else np.nan for name, value in measured.items()},
+        }
+        dictionary = Dictionary(config, weights, normalizer, provenance) if alive else None
+        members.append(Member(dictionary, row, history))
+        if not alive:
+            logging.warning("diverged: %s", config)
+    return members

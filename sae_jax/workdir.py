@@ -1,0 +1,139 @@
+"""What a run leaves on disk, and what a second call finds there.
+
+configs.json                what was asked: every configuration, epochs, seeds, the data's hash
+dictionaries/<member>/      cfg.json and sae_weights.safetensors; none where it diverged
+history.parquet             one row per member and epoch
+results.parquet             one row per finished member; written last, so what it names is whole
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sae_jax import files
+from sae_jax.dictionary import Dictionary
+from sae_jax.errors import InputError
+from sae_jax.state import Metrics
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """A finished member: dictionary (None: diverged), its row of results, history [epochs]."""
+
+    dictionary: Dictionary | None
+    row: dict[str, Any]
+    history: Metrics
+
+
+class Workdir:
+    """The folder of one run.
+
+    Raises:
+      InputError: the folder holds something else, or a run of other settings (which are shown), or
+        cannot be written.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        self.path = path
+        check_writable(path)
+        config_file = path / "configs.json"
+        if config_file.exists():
+            found = json.loads(config_file.read_text())
+            if found != settings:
+                raise InputError(
+                    f"{path} holds a run of other settings:\n  {difference(found, settings)}\n"
+                    "Give another folder, or the same settings to continue that run."
+                )
+        else:
+            files.write_json(config_file, settings)
+
+    def finished(self) -> dict[int, Member]:
+        """Members of an earlier call, by position."""
+        import pandas as pd
+
+        if not (self.path / "results.parquet").exists():
+            return {}
+        results = pd.read_parquet(self.path / "results.parquet")
+        history = dict(iter(pd.read_parquet(self.path / "history.parquet").groupby("member")))
+        return {
+            row["member"]: Member(
+                Dictionary.load(self.folder(row["member"])) if row["status"] == "trained" else None,
+                row,
+                Metrics(
+                    **{
+                        field.name: history[row["member"]][field.name].to_numpy()
+                        for field in dataclasses.fields(Metrics)
+                    }
+                ),
+            )
+            for row in results.to_dict("records")
+        }
+
+    def write(self, members: dict[int, Member]) -> None:
+        """Bring the folder up to date with the finished members, by position."""
+        for position, member in members.items():
+            folder = self.folder(position)
+            if member.dictionary is not None and not folder.exists():
+                member.dictionary.save(folder)
+        results, history = tables(members)
+        files.write_parquet(self.path / "history.parquet", history)
+        files.write_parquet(self.path / "results.parquet", results)
+
+    def folder(self, position: int) -> Path:
+        """Where a member's dictionary lies."""
+        return self.path / "dictionaries" / f"{position:04d}"
+
+
+def tables(members: dict[int, Member]) -> tuple["pd.DataFrame", "pd.DataFrame"]:
+    """Results, one row a member, and history, one row per member and epoch."""
+    import pandas as pd
+
+    members = dict(sorted(members.items()))
+    results = pd.DataFrame([{"member": i} | member.row for i, member in members.items()])
+    results["k"] = results["k"].astype("Int64")
+    history = [
+        pd.DataFrame(
+            {"member": i, "epoch": np.arange(len(member.history.loss))} | vars(member.history)
+        )
+        for i, member in members.items()
+    ]
+    return results, pd.concat(history, ignore_index=True)
+
+
+def check_writable(path: Path) -> None:
+    """Raises InputError unless `path` is a folder we may write to, or can be made one."""
+    parent = path
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        raise InputError(f"{parent} is a file; a folder is needed for {path}")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise InputError(f"{parent} cannot be written to; choose another folder than {path}")
+
+
+def difference(found: Any, asked: Any, where: str = "") -> str:
+    """The first places in which two JSON values differ, one line each, five at most."""
+    lines = list(_differences(found, asked, where))
+    more = [f"... and {len(lines) - 5} more"] if len(lines) > 5 else []
+    return "\n  ".join(lines[:5] + more)
+
+
+def _differences(found: Any, asked: Any, where: str) -> Iterator[str]:
+    if isinstance(found, dict) and isinstance(asked, dict):
+        for key in {**found, **asked}:
+            yield from _differences(found.get(key), asked.get(key), f"{where}.{key}".lstrip("."))
+    elif isinstance(found, list) and isinstance(asked, list) and len(found) == len(asked):
+        for i, (a, b) in enumerate(zip(found, asked, strict=True)):
+            yield from _differences(a, b, f"{where}[{i}]")
+    elif isinstance(found, list) and isinstance(asked, list):
+        yield f"{where}: {len(found)} there, {len(asked)} asked for"
+    elif found != asked:
+        yield f"{where}: {found!r} there, {asked!r} asked for"

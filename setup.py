@@ -1,0 +1,66 @@
+"""One distribution, `sae-jax`; run `make demo` or `make test` instead of this file."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "sae_jax/__init__.py").read_text()).group(1)
+
+EXTRAS = {
+    "single-cell": ["scanpy>=1.10", "umap-learn>=0.5.6", "statsmodels>=0.14"],
+    "extract": ["torch>=2.4", "transformers>=4.44"],
+    "browser": ["fastapi", "uvicorn", "jinja2", "plotly"],
+    "cuda": ["jax[cuda13]"],
+}
+EXTRAS["dev"] = [
+    *EXTRAS["single-cell"],
+    "torch>=2.4",
+    "build",
+    "hypothesis",
+    "pytest",
+    "pytest-xdist",
+    "ruff",
+    "setuptools>=77",
+]
+
+setup(
+    name="sae-jax",
+    version=VERSION,
+    description="Sparse autoencoders that name what single-cell foundation models know.",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=find_packages(
+        include=[
+            f"{name}{suffix}"
+            for name in ("sae_jax", "extract", "analysis", "experiments")
+            for suffix in ("", ".*")
+        ]
+    ),
+    package_data={"analysis": ["data/*"]},
+    install_requires=[
+        "absl-py>=2.1",
+        "anndata>=0.11",
+        "flax>=0.10",
+        "gseapy>=1.1.3",
+        "h5py>=3.11",
+        "jax>=0.10",
+        "matplotlib>=3.9",
+        "numpy>=2.0",
+        "optax>=0.2.4",
+        "orbax-checkpoint>=0.11",
+        "pandas>=2.2",
+        "pyarrow>=17",
+        "safetensors>=0.4.5",
+        "scikit-learn>=1.5",
+        "scipy>=1.14",
+        "tqdm>=4.66",
+        "zarr>=3.0",
+    ],
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["sae-jax = experiments.cli:main"]},
+)
