@@ -8,7 +8,6 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
-from matplotlib import patheffects
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
@@ -125,16 +124,18 @@ def plane(embedding: np.ndarray) -> tuple[np.ndarray, str]:
 
 
 def _label_panel(axes: Axes, xy: np.ndarray, labels: pd.Series, size: float) -> None:
-    """Cells by label, each label's name written at the median of its cells."""
+    """Cells by label, with a legend below where there are few enough labels to tell apart."""
     palette = mpl.colormaps["tab20"].colors
     codes = labels.cat.codes.to_numpy()
     axes.scatter(*xy[codes < 0].T, s=size, c=GREY, linewidths=0, rasterized=True)
     for code, name in enumerate(labels.cat.categories):
-        cells = xy[codes == code]
-        if len(cells) == 0:
-            continue
-        axes.scatter(*cells.T, s=size, color=palette[code % 20], linewidths=0, rasterized=True)
-        if len(labels.cat.categories) <= 30:
-            text = axes.text(*np.median(cells, axis=0), name, fontsize=6, ha="center", va="center")
-            text.set_path_effects([patheffects.withStroke(linewidth=1.5, foreground="white")])
+        axes.scatter(
+            *xy[codes == code].T, s=size, color=palette[2 * code % 20 + code // 10 % 2],
+            linewidths=0, rasterized=True, label=name,
+        )  # fmt: skip
     axes.set_title(str(labels.name), fontsize=8)
+    if len(labels.cat.categories) <= len(palette):
+        axes.legend(
+            fontsize=5.5, frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, 0.0),
+            markerscale=max(1.0, 4 / size**0.5), handletextpad=0.1, columnspacing=0.8,
+        )  # fmt: skip

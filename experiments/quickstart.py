@@ -22,6 +22,7 @@ import json
 import math
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,7 @@ def main() -> None:
 
     # 3. Name its features, and count what the same pipeline names by chance.
     z = run.dictionaries[member].encode(inputs.embedding, sparse=True)
-    live = np.flatnonzero(z.getnnz(axis=0))
+    live = np.flatnonzero(z[train].getnnz(axis=0))  # what fires on held-out cells alone is noise
     z = z[:, live]
     logging.info("naming %d live features by %d gene sets", len(live), len(inputs.sets.names))
     rule = annotation.Rule(percentile=FLAGS.high_percentile)
@@ -126,7 +127,7 @@ def main() -> None:
     adata = anndata.AnnData(
         z,
         obs=inputs.obs,
-        var=table.copy(),  # writing turns its text into categories
+        var=table,
         obsm={f"X_{axis.lower()}": coordinates},
         uns={"quickstart": json.dumps({**inputs.settings, "member": member})},
     )
@@ -144,7 +145,6 @@ def main() -> None:
             member=member,
             reason=reason,
             limits=(FLAGS.max_l0_percent / 100, FLAGS.min_r2),
-            table=table,
             adata=adata,
             axis=axis,
             labels=inputs.labels,
@@ -314,24 +314,29 @@ def features_table(
     """One row a live feature, as var of features.h5ad; a slash in a label becomes a bar there."""
     table = features.activity(z).set_index(pd.Index([f"feature_{latent}" for latent in live]))
     table.insert(0, "latent", live)
-    if labels is None:
-        table["best_label"] = pd.Series(None, index=table.index, dtype=object)
-    else:
+    table["best_label"] = _text([None] * len(live))
+    if labels is not None:
         names, areas = features.auroc(z, labels)
         for name, column in zip(names, areas.T, strict=True):
             # HDF5 takes a slash in a column's name for a path, and the file cannot be read again.
             table[f"auroc:{name}".replace("/", "|")] = column
-        table["best_label"] = names[areas.argmax(axis=1)]
+        table["best_label"] = _text(names[areas.argmax(axis=1)])
         table["best_label_auroc"] = areas.max(axis=1)
     terms = found.best_terms()
     position = {term: i for i, term in enumerate(found.terms)}
     q = found.tests["fisher"].q
-    table["best_term"] = terms
+    table["best_term"] = _text(terms)
     table["best_term_q"] = [
         q[i, position[term]] if term else np.nan for i, term in enumerate(terms)
     ]
     table["top_genes"] = [", ".join(genes) for genes in found.top_genes]
     return table
+
+
+def _text(values: Sequence[str | None]) -> pd.Categorical:
+    """Text with gaps, in the form that anndata writes even where all are gaps."""
+    known = pd.Index(sorted({value for value in values if value is not None}), dtype=object)
+    return pd.Categorical(values, categories=known)
 
 
 def label_table(
@@ -344,7 +349,7 @@ def label_table(
     best = features.best_for_labels(z, inputs.embedding, inputs.labels, *halves)
     chosen = table.iloc[best["feature"]]
     best["feature"] = chosen.index
-    best["best_term"] = chosen["best_term"].to_numpy()
+    best["best_term"] = chosen["best_term"].to_numpy(dtype=object)
     best["best_term_q"] = chosen["best_term_q"].to_numpy()
     best["top_genes"] = chosen["top_genes"].to_numpy()
     return best

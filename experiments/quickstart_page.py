@@ -37,8 +37,7 @@ class Findings:
     member: int
     reason: str
     limits: tuple[float, float]  # share of active latents at most, R² at least
-    table: pd.DataFrame  # one row a live feature
-    adata: anndata.AnnData
+    adata: anndata.AnnData  # cells × live features; its var is the table of features
     axis: str
     labels: pd.Series | None
     best: pd.DataFrame | None
@@ -65,7 +64,9 @@ def top_lines(table: pd.DataFrame) -> list[str]:
     """The same, a line each."""
     lines = []
     for name, row in top_named(table).iterrows():
-        label = f"  {row['best_label']} {row['best_label_auroc']:.3f}" if row["best_label"] else ""
+        label = ""
+        if "best_label_auroc" in row:
+            label = f"  {row['best_label']} {row['best_label_auroc']:.3f}"
         lines.append(
             f"{name:<13} {row['best_term']}  q={row['best_term_q']:.1e}{label}"
             f"  [{row['top_genes']}]"
@@ -75,12 +76,12 @@ def top_lines(table: pd.DataFrame) -> list[str]:
 
 def title(name: str, row: pd.Series) -> str:
     """A feature's short name in a figure."""
-    term = row["best_term"] or "unnamed"
+    term = "unnamed" if pd.isna(row["best_term"]) else row["best_term"]
     return f"{name.removeprefix('feature_')}: {term if len(term) <= 34 else term[:33] + '…'}"
 
 
 def _draw(folder: Path, findings: Findings) -> dict[str, Path]:
-    table, adata = findings.table, findings.adata
+    table, adata = findings.adata.var, findings.adata
     pictures = {
         "frontier": plots.save(
             plots.frontier(findings.results, findings.member, *findings.limits), folder, "frontier"
@@ -113,7 +114,7 @@ def _draw(folder: Path, findings: Findings) -> dict[str, Path]:
 
 
 def _sections(findings: Findings, pictures: dict[str, Path]) -> list[tuple[str, list[str]]]:
-    table, chosen = findings.table, findings.results.loc[findings.member]
+    table, chosen = findings.adata.var, findings.results.loc[findings.member]
     found, null, rule = findings.found, findings.null, findings.found.rule
     sections = [
         (
@@ -121,10 +122,10 @@ def _sections(findings: Findings, pictures: dict[str, Path]) -> list[tuple[str, 
             [
                 report.paragraph(
                     f"{findings.adata.n_obs} cells, an embedding of {chosen['d_in']} dimensions, "
-                    f"{chosen['n_latents']} latents, of which {len(table)} are active in at least "
-                    f"one cell; {found.share_named():.0%} of those are named by a gene set. The "
-                    f"same pipeline names {null.share_named():.1%} of features whose cells were "
-                    "permuted: that is the rate of names that mean nothing."
+                    f"{chosen['n_latents']} latents, of which {len(table)} are live (active in at "
+                    f"least one training cell); {found.share_named():.0%} of those are named by "
+                    f"a gene set. The same pipeline names {null.share_named():.1%} of features "
+                    "whose cells were permuted: that is the rate of names that mean nothing."
                 ),
                 report.table(_readable(top_named(table).reset_index(names="feature"))),
             ],

@@ -51,21 +51,21 @@ def init(seed: jax.Array, architecture: Architecture, dtype: jax.typing.DTypeLik
 
 def normalize(x: jax.Array, normalizer: Normalizer | None) -> jax.Array:
     """Rows in the space the dictionary was trained in."""
-    return x if normalizer is None else (x - normalizer.mean) / normalizer.scale
+    return x if normalizer is None else (x - normalizer.mean[None, :]) / normalizer.scale[None, :]
 
 
 def denormalize(x: jax.Array, normalizer: Normalizer | None) -> jax.Array:
     """The inverse of `normalize`."""
-    return x if normalizer is None else x * normalizer.scale + normalizer.mean
+    return x if normalizer is None else x * normalizer.scale[None, :] + normalizer.mean[None, :]
 
 
 def pre_activations(params: Params, x: jax.Array, architecture: Architecture) -> jax.Array:
     """[rows, d_in] -> [rows, latents]."""
     if architecture.pre_bias == "free":
-        x = x + params.pre_bias
+        x = x + params.pre_bias[None, :]
     elif architecture.pre_bias == "tied":
-        x = x - params.decoder_bias
-    return x @ params.encoder + params.encoder_bias
+        x = x - params.decoder_bias[None, :]
+    return x @ params.encoder + params.encoder_bias[None, :]
 
 
 def encode(
@@ -81,7 +81,7 @@ def encode(
 def decode(params: Params, z: jax.Array) -> jax.Array:
     """Codes [rows, latents] -> reconstructions [rows, d_in]."""
     x = z @ params.decoder
-    return x if params.decoder_bias is None else x + params.decoder_bias
+    return x if params.decoder_bias is None else x + params.decoder_bias[None, :]
 
 
 def unit_rows(decoder: jax.Array) -> jax.Array:

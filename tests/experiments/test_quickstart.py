@@ -1,0 +1,244 @@
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+from scipy import sparse
+
+import sae_jax
+from experiments import quickstart
+from sae_jax import InputError
+
+GENES, CELLS, PROGRAM = 240, 360, 20
+SMALL = {"n_latents": 100, "steps": 60, "seeds": 1, "pca": 8, "min_size": 5}
+
+
+@pytest.fixture(scope="module")
+def cells() -> anndata.AnnData:
+    """Three kinds of cells; each expresses a program of twenty genes of its own."""
+    rng = np.random.default_rng(0)
+    kind = rng.integers(0, 3, CELLS)
+    rate = np.full((CELLS, GENES), 0.4)
+    for k in range(3):
+        rate[kind == k, k * PROGRAM : (k + 1) * PROGRAM] = 4.0
+    counts = rng.poisson(rate).astype(np.float32)
+    log = np.log1p(counts / counts.sum(1, keepdims=True) * 1e4)
+    return anndata.AnnData(
+        sparse.csr_matrix(counts),
+        obs=pd.DataFrame(
+            {"kind": [f"kind {'ABC'[k]}/x" for k in kind], "size": counts.sum(1)},
+            index=[f"cell{i}" for i in range(CELLS)],
+        ),
+        var=pd.DataFrame({"symbol": [f"S{g}" for g in range(GENES)]},
+                         index=[f"G{g}" for g in range(GENES)]),
+        layers={"log": sparse.csr_matrix(log)},
+        obsm={"X_some": rng.normal(size=(CELLS, 6)), "X_bad": np.full((CELLS, 4), np.nan)},
+    )  # fmt: skip
+
+
+@pytest.fixture
+def gmt(tmp_path: Path) -> Path:
+    lines = [
+        "\t".join([f"program {'ABC'[k]}", "made", *[f"G{k * PROGRAM + g}" for g in range(PROGRAM)]])
+        for k in range(3)
+    ]
+    lines += ["\t".join([f"random {i}", "made", *[f"G{60 + 15 * i + g}" for g in range(15)]])
+              for i in range(12)]  # fmt: skip
+    path = tmp_path / "sets.gmt"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture
+def run(cells: anndata.AnnData, gmt: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Runs the program in this process: `run(flag=value, change=function of the AnnData)`."""
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS(["quickstart"])
+
+    def call(change: Callable[[anndata.AnnData], Any] | None = None, **given: Any) -> Path:
+        adata = cells.copy()
+        if change is not None:
+            adata = change(adata) or adata
+        adata.write_h5ad(tmp_path / "cells.h5ad")
+        settings = {
+            "h5ad": str(tmp_path / "cells.h5ad"), "expression_is": "counts", "label": "kind",
+            "gene_sets": str(gmt), "workdir": str(tmp_path / "out"), **SMALL, **given,
+        }  # fmt: skip
+        with flagsaver.flagsaver(**settings):
+            quickstart.main()
+        return tmp_path / "out"
+
+    return call
+
+
+def test_every_file_is_there_and_names_the_planted_programs(
+    run: Callable[..., Path], cells: anndata.AnnData, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = run(steps=1000)
+
+    results = pd.read_parquet(out / "results.parquet")
+    assert len(results) == 14  # five penalties each of two presets, four k of the third, one seed
+    assert len(list((out / "dictionaries").iterdir())) == 14
+
+    found = anndata.read_h5ad(out / "features.h5ad")
+    assert list(found.obs_names) == list(cells.obs_names)
+    assert sparse.isspmatrix_csr(found.X) or isinstance(found.X, sparse.csr_array)
+    pd.testing.assert_frame_equal(
+        found.obs.astype({"kind": str}), cells.obs.astype({"kind": str}), check_dtype=False
+    )
+    wanted = {"density", "mean_activation", "best_label", "best_term", "auroc:kind A|x"}
+    assert wanted <= set(found.var)
+    np.testing.assert_allclose(found.var["density"], found.X.getnnz(axis=0) / CELLS)
+
+    labels = pd.read_csv(out / "labels.csv").set_index("label")
+    for letter in "ABC":
+        row = labels.loc[f"kind {letter}/x"]
+        assert row["best_term"] == f"program {letter}"
+        assert row["auroc"] > 0.85
+        assert found.var.loc[row["feature"], "best_term"] == f"program {letter}"
+
+    table = pd.read_parquet(out / "enrichment.parquet")
+    assert list(table) == ["feature", "term", "test", "size", "hits", "effect", "p", "q", "q_all"]
+    assert len(table) == found.n_vars * 15 * 2
+    assert set(table["test"]) == {"fisher", "mann_whitney"}
+    assert set(table["feature"]) == set(found.var_names)
+
+    page = (out / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 3
+    assert "http" not in page  # self-contained: nothing is fetched
+    printed = capsys.readouterr().out
+    assert str(out) in printed
+    assert "program A" in printed
+
+
+def test_features_are_those_of_the_saved_dictionary(
+    run: Callable[..., Path], cells: anndata.AnnData
+) -> None:
+    out = run(embedding="X_some")
+    found = anndata.read_h5ad(out / "features.h5ad")
+    member = json.loads(found.uns["quickstart"])["member"]
+    dictionary = sae_jax.Dictionary.load(out / "dictionaries" / f"{member:04d}")
+    z = dictionary.encode(cells.obsm["X_some"].astype(np.float32))
+    np.testing.assert_array_equal(found.X.toarray(), z[:, found.var["latent"]])
+
+
+def test_log_layer_and_symbols_name_the_same_genes(run: Callable[..., Path], gmt: Path) -> None:
+    gmt.write_text(gmt.read_text().replace("\tG", "\tS"))
+    out = run(expression="log", expression_is="log1p", gene_symbols="symbol", steps=200)
+    assert set(pd.read_csv(out / "labels.csv")["best_term"]) >= {"program A", "program B"}
+
+
+def test_runs_without_labels(run: Callable[..., Path]) -> None:
+    out = run(label=None)
+    found = anndata.read_h5ad(out / "features.h5ad")
+    assert not [column for column in found.var if column.startswith("auroc:")]
+    assert not (out / "labels.csv").exists()
+
+
+def _twice(names: list[str]) -> list[str]:
+    return [names[1], *names[1:]]
+
+
+def _with_nan(adata: anndata.AnnData) -> None:
+    adata.obsm["X_some"][[3, 17], 0] = np.nan
+
+
+def _negative(adata: anndata.AnnData) -> None:
+    adata.X = adata.X - sparse.csr_matrix(np.eye(CELLS, GENES, dtype=np.float32) * 9)
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "missing file": ({"h5ad": "nowhere.h5ad"}, "no file nowhere.h5ad"),
+    "missing key": ({"embedding": "X_scvi"}, "no 'X_scvi'; it has X_bad, X_some"),
+    "all NaN": ({"embedding": "X_bad"}, r"1440 NaN or infinite values in 360 of 360 rows"),
+    "some NaN": (
+        {"embedding": "X_some", "change": _with_nan},
+        r"obsm\['X_some'\] holds 2 NaN or infinite values in 2 of 360 rows \(rows 3, 17\)",
+    ),
+    "fewer cells than a batch": ({"batch_size": 330}, "fewer than a batch of 330"),
+    "label absent": ({"label": "celltype"}, "no column 'celltype'; it has kind, size"),
+    "label of numbers": (
+        {"label": "size", "change": lambda a: a.obs.update(a.obs["size"] / 3)},
+        "holds numbers, not labels",
+    ),
+    "symbol column absent": ({"gene_symbols": "name"}, "no column 'name'; it has symbol"),
+    "no gene in common": ({"gene_symbols": "symbol"}, "G0.*S0"),
+    "not counts": ({"expression": "log"}, "not integers"),
+    "not log1p": ({"expression_is": "log1p"}, "all are integers"),
+    "kind not said": ({"expression_is": None}, "--expression_is is needed"),
+    "negative": ({"change": _negative}, "negative values"),
+    "no such layer": ({"expression": "spliced"}, "no layer 'spliced'; there are X, raw and log"),
+    "no raw": ({"expression": "raw"}, "no raw"),
+    "cells twice": (
+        {"change": lambda a: setattr(a, "obs_names", _twice(list(a.obs_names)))},
+        "1 cell names occur twice.*cell1",
+    ),
+    "genes twice": (
+        {"change": lambda a: setattr(a, "var_names", _twice(list(a.var_names)))},
+        "1 gene names occur twice.*G1",
+    ),
+    "sets too large": ({"min_size": 100}, "size"),
+    "no workdir": ({"workdir": None}, "--workdir is needed"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*names are not unique.*")
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_message_and_leaves_nothing(
+    run: Callable[..., Path], tmp_path: Path, case: str
+) -> None:
+    given, message = BAD[case]
+    with pytest.raises(InputError, match=f"(?s){message}"):
+        run(**given)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_used_folder_is_refused_replaced_or_continued(
+    run: Callable[..., Path], tmp_path: Path
+) -> None:
+    out = run()
+    first = pd.read_parquet(out / "results.parquet")
+    with pytest.raises(InputError, match="--overwrite replaces it, --resume continues it"):
+        run()
+    with pytest.raises(InputError, match=r"other settings(?s:.*)steps: 60 there, 61 asked for"):
+        run(resume=True, steps=61)
+    (out / "report.html").unlink()
+    run(resume=True)
+    assert (out / "report.html").exists()
+    pd.testing.assert_frame_equal(pd.read_parquet(out / "results.parquet"), first)
+    run(overwrite=True, steps=30)
+    assert not pd.read_parquet(out / "results.parquet").equals(first)
+
+
+def test_a_folder_of_somebody_else_is_never_touched(
+    run: Callable[..., Path], tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("everything")
+    for given in ({}, {"overwrite": True}, {"resume": True}):
+        with pytest.raises(InputError, match="holds other files"):
+            run(**given)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.tex"]
+
+
+def test_console_script_ignores_folders_of_our_packages_names(tmp_path: Path) -> None:
+    for name in ("analysis", "experiments", "sae_jax"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise RuntimeError('the user\\'s own')")
+    script = Path(sys.executable).parent / "sae-jax"
+    done = subprocess.run(
+        [script, "quickstart", "--h5ad=none.h5ad", "--expression_is=counts", "--workdir=out"],
+        cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.strip() == "error: there is no file none.h5ad"
+    assert not (tmp_path / "out").exists()
