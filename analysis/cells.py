@@ -124,8 +124,10 @@ def labels(adata: anndata.AnnData, column: str) -> pd.Series:
     if column not in adata.obs:
         raise InputError(f"obs has no column {column!r}; it has {_listing(adata.obs.columns)}")
     values = adata.obs[column]
-    if pd.api.types.is_float_dtype(values) and (values.dropna() % 1).any():
-        raise InputError(f"obs[{column!r}] holds numbers, not labels of cells")
+    if pd.api.types.is_float_dtype(values):  # integers with gaps, or not labels at all
+        if (values.dropna() % 1).any():
+            raise InputError(f"obs[{column!r}] holds numbers, not labels of cells")
+        values = values.astype("Int64")
     values = values.where(values.isna(), values.astype(str)).astype("category")
     count = len(values.cat.categories)
     if not 2 <= count <= max(2, len(values) // 2):
