@@ -99,13 +99,13 @@ class Annotation:
         enough = (self.n_high >= self.rule.cells)[:, None] & (self.hits >= self.rule.hits)
         return enough & (self.tests["fisher"].q < self.rule.term_q)
 
-    def best_terms(self) -> list[str | None]:
-        """The naming term of smallest p of each feature; None where there is none."""
-        names = self.names()
-        best = np.where(names, self.tests["fisher"].p, np.inf).argmin(axis=1)
+    def naming_terms(self, most: int) -> list[list[str]]:
+        """Of each feature, up to `most` terms that name it, smallest p first."""
+        p = np.where(self.names(), self.tests["fisher"].p, np.inf)
+        order = np.argsort(p, axis=1, kind="stable")[:, :most]
         return [
-            self.terms[t] if named else None
-            for t, named in zip(best, names.any(axis=1), strict=True)
+            [self.terms[t] for t in terms if np.isfinite(row[t])]
+            for terms, row in zip(order, p, strict=True)
         ]
 
     def share_named(self) -> float:

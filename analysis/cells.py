@@ -128,7 +128,7 @@ def labels(adata: anndata.AnnData, column: str) -> pd.Series:
         if (values.dropna() % 1).any():
             raise InputError(f"obs[{column!r}] holds numbers, not labels of cells")
         values = values.astype("Int64")
-    values = values.where(values.isna(), values.astype(str)).astype("category")
+    values = values.astype(str).where(values.notna()).astype("category")
     count = len(values.cat.categories)
     if not 2 <= count <= max(2, len(values) // 2):
         raise InputError(

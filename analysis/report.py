@@ -39,21 +39,27 @@ def code(text: str) -> str:
     return f"<pre>{escape(text)}</pre>"
 
 
-def picture(path: Path, caption: str) -> str:
-    """A PNG, embedded, with its caption."""
+def picture(path: Path, caption: str, width: str = "100%") -> str:
+    """A PNG, embedded, with its caption; `width` as in CSS."""
     data = base64.b64encode(path.read_bytes()).decode()
     return (
-        f'<figure><img src="data:image/png;base64,{data}" alt="{escape(caption, quote=True)}">'
+        f'<figure><img src="data:image/png;base64,{data}" alt="{escape(caption, quote=True)}" '
+        f'style="width: {width}">'
         f'<figcaption class="caption">{escape(caption)}</figcaption></figure>'
     )
 
 
 def table(frame: pd.DataFrame) -> str:
     """A table, escaped; numbers to three significant digits, missing values empty."""
-    rendered = frame.to_html(
-        index=False, border=0, na_rep="", float_format=lambda value: f"{value:.3g}", escape=True
-    )
+    frame = frame.astype({name: object for name in frame.select_dtypes("Int64")})
+    rendered = frame.to_html(index=False, border=0, na_rep="", float_format=_number, escape=True)
+    rendered = rendered.replace("&lt;NA&gt;", "")
     return f'<div class="wide">{rendered}</div>'
+
+
+def _number(value: float) -> str:
+    """Three digits, and a minus at which no browser breaks the line."""
+    return f"{value:.3g}".replace("-", "\N{NON-BREAKING HYPHEN}")
 
 
 def write(path: Path, title: str, sections: Sequence[tuple[str, Sequence[str]]]) -> None:

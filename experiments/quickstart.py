@@ -322,13 +322,14 @@ def features_table(
             table[f"auroc:{name}".replace("/", "|")] = column
         table["best_label"] = _text(names[areas.argmax(axis=1)])
         table["best_label_auroc"] = areas.max(axis=1)
-    terms = found.best_terms()
+    terms = found.naming_terms(3)
     position = {term: i for i, term in enumerate(found.terms)}
     q = found.tests["fisher"].q
-    table["best_term"] = _text(terms)
+    table["best_term"] = _text([best[0] if best else None for best in terms])
     table["best_term_q"] = [
-        q[i, position[term]] if term else np.nan for i, term in enumerate(terms)
+        q[i, position[best[0]]] if best else np.nan for i, best in enumerate(terms)
     ]
+    table["top_terms"] = ["; ".join(best) for best in terms]
     table["top_genes"] = [", ".join(genes) for genes in found.top_genes]
     return table
 
@@ -349,9 +350,8 @@ def label_table(
     best = features.best_for_labels(z, inputs.embedding, inputs.labels, *halves)
     chosen = table.iloc[best["feature"]]
     best["feature"] = chosen.index
-    best["best_term"] = chosen["best_term"].to_numpy(dtype=object)
-    best["best_term_q"] = chosen["best_term_q"].to_numpy()
-    best["top_genes"] = chosen["top_genes"].to_numpy()
+    for column in ("best_term", "best_term_q", "top_terms", "top_genes"):
+        best[column] = chosen[column].to_numpy(dtype=object)
     return best
 
 

@@ -137,11 +137,11 @@ def _sections(findings: Findings, pictures: dict[str, Path]) -> list[tuple[str, 
                 "The best feature of every label",
                 [
                     report.paragraph(
-                        "Chosen on one half of the cells; auroc is measured on the other half. "
-                        "Beside it the best single dimension of the embedding, chosen and measured "
-                        "in the same way (either sign)."
+                        "Chosen on one half of the cells; AUROC is measured on the other half. "
+                        "Beside it that of the best single dimension of the embedding, chosen and "
+                        "measured in the same way (either sign)."
                     ),
-                    report.table(findings.best.drop(columns="dimension")),
+                    report.table(_labels(findings.best)),
                     report.picture(
                         pictures["labels"],
                         f"The {PER_LABEL} features of highest AUROC of every label, all cells.",
@@ -168,7 +168,9 @@ def _sections(findings: Findings, pictures: dict[str, Path]) -> list[tuple[str, 
                     f"L0 {chosen['validation_l0']:.1f} of {chosen['n_latents']} "
                     f"({chosen['validation_l0'] / chosen['n_latents']:.1%}): {findings.reason}."
                 ),
-                report.picture(pictures["frontier"], "Every configuration on held-out cells."),
+                report.picture(
+                    pictures["frontier"], "Every configuration on held-out cells.", "40rem"
+                ),
                 report.table(_results(findings.results)),
             ],
         ),
@@ -217,8 +219,35 @@ def _sections(findings: Findings, pictures: dict[str, Path]) -> list[tuple[str, 
 
 
 def _readable(table: pd.DataFrame) -> pd.DataFrame:
-    columns = ["feature", "best_term", "best_term_q", "best_label", "best_label_auroc", "density"]
-    return table[[c for c in [*columns, "top_genes"] if c in table]]
+    shown = {
+        "feature": "feature",
+        "best_term": "best term",
+        "best_term_q": "q",
+        "best_label": "best label",
+        "best_label_auroc": "AUROC",
+        "density": "share of cells",
+        "top_genes": "top genes",
+    }
+    table = table[[column for column in shown if column in table]]
+    return table.assign(top_genes=_first(table["top_genes"], 6)).rename(columns=shown)
+
+
+def _labels(best: pd.DataFrame) -> pd.DataFrame:
+    shown = {
+        "label": "label",
+        "cells": "cells",
+        "feature": "feature",
+        "auroc": "AUROC",
+        "dimension_auroc": "a dimension's",
+        "top_terms": "top terms",
+        "top_genes": "top genes",
+    }
+    return best.assign(top_genes=_first(best["top_genes"], 6))[list(shown)].rename(columns=shown)
+
+
+def _first(listed: pd.Series, most: int) -> pd.Series:
+    """The first few of comma-separated names."""
+    return listed.map(lambda names: ", ".join(names.split(", ")[:most]))
 
 
 def _results(results: pd.DataFrame) -> pd.DataFrame:

@@ -49,7 +49,8 @@ def test_features_get_the_terms_of_the_genes_they_follow(
     assert set(np.flatnonzero(named[0])) == {0, 1}
     assert set(np.flatnonzero(named[1])) == {2, 3}
     assert not named[2].any()
-    assert found.best_terms()[2] is None
+    assert set(found.naming_terms(5)[1]) == {"set 2", "set 3"}
+    assert [len(terms) for terms in found.naming_terms(1)[:3]] == [1, 1, 0]
     assert {int(gene[1:]) for gene in found.top_genes[1]} <= set(range(20, 40))
     assert found.share_named() == 0.5
 

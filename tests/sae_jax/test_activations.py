@@ -1,5 +1,4 @@
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -122,12 +121,14 @@ def test_any_leading_shape(shape: tuple[int, ...]) -> None:
 def test_k_may_differ_between_members_of_one_program(mapped: str) -> None:
     pre = np.random.default_rng(0).integers(-4, 9, (WIDTH, 5, WIDTH)).astype(np.float32)
     ks = np.arange(1, WIDTH + 1, dtype=np.int32)
-    lift: Callable = jax.vmap if mapped == "vmap" else lambda f: lambda *xs: lax.map(f, xs)
-    if mapped == "vmap":
-        z = jax.jit(lift(activations.topk))(pre, ks)
-    else:
-        z = jax.jit(lambda pre, ks: lax.map(lambda one: activations.topk(*one), (pre, ks)))(pre, ks)
-    np.testing.assert_array_equal(z, [brute_force(p, k) for p, k in zip(pre, ks, strict=True)])
+
+    def members(pre: jax.Array, ks: jax.Array) -> jax.Array:
+        if mapped == "vmap":
+            return jax.vmap(activations.topk)(pre, ks)
+        return lax.map(lambda one: activations.topk(*one), (pre, ks))
+
+    expected = [brute_force(p, k) for p, k in zip(pre, ks, strict=True)]
+    np.testing.assert_array_equal(jax.jit(members)(pre, ks), expected)
 
 
 def test_gradient_reaches_the_kept_entries_only() -> None:
