@@ -91,7 +91,7 @@ def cells_by_feature(
     rows = -(-panels // columns)
     figure = Figure(figsize=(3.4 * columns, 3.3 * rows), layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    size = float(np.clip(9000 / len(coordinates), 1.0, 14.0))
+    size = float(np.clip(16000 / len(coordinates), 1.5, 16.0))
     for spare in axes:
         spare.set_axis_off()
     if labels is not None:
@@ -101,7 +101,7 @@ def cells_by_feature(
         active = np.flatnonzero(values)
         active = active[np.argsort(values[active])]
         panel.scatter(*coordinates[values == 0].T, s=size, c=GREY, linewidths=0, rasterized=True)
-        dots = panel.scatter(*coordinates[active].T, s=size, c=values[active], cmap="viridis_r",
+        dots = panel.scatter(*coordinates[active].T, s=size, c=values[active], cmap="YlGnBu",
                              linewidths=0, rasterized=True)  # fmt: skip
         panel.set_title(title, fontsize=8)
         figure.colorbar(dots, ax=panel, shrink=0.55, pad=0.01).ax.tick_params(labelsize=6)

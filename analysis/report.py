@@ -51,7 +51,6 @@ def picture(path: Path, caption: str, width: str = "100%") -> str:
 
 def table(frame: pd.DataFrame) -> str:
     """A table, escaped; numbers to three significant digits, missing values empty."""
-    frame = frame.astype({name: object for name in frame.select_dtypes("Int64")})
     rendered = frame.to_html(index=False, border=0, na_rep="", float_format=_number, escape=True)
     rendered = rendered.replace("&lt;NA&gt;", "")
     return f'<div class="wide">{rendered}</div>'

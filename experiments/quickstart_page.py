@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def top_lines(table: pd.DataFrame) -> list[str]:
 
 def title(name: str, row: pd.Series) -> str:
     """A feature's short name in a figure."""
-    term = "unnamed" if pd.isna(row["best_term"]) else row["best_term"]
+    term = "unnamed" if pd.isna(row["best_term"]) else re.sub(r" \(GO:\d+\)$", "", row["best_term"])
     return f"{name.removeprefix('feature_')}: {term if len(term) <= 34 else term[:33] + '…'}"
 
 
