@@ -1,6 +1,7 @@
 """Rows to train on: checks, splits and normalisation."""
 
 import hashlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -64,3 +65,61 @@ def fingerprint(x: np.ndarray) -> dict[str, Any]:
     """Shape, dtype and SHA-256 of an array's values, in JSON's types."""
     digest = hashlib.sha256(np.ascontiguousarray(x)).hexdigest()
     return {"shape": list(x.shape), "dtype": str(x.dtype), "sha256": digest}
+
+
+def load(source: str) -> np.ndarray:
+    """Rows from a file: `F.npy`, `F.h5ad:obsm/KEY`, `F.h5ad:X`, or the same of a `.zarr` store.
+
+    Read through numpy, h5py and zarr, without anndata; sparse matrices become dense. Pickled arrays
+    are refused.
+
+    Raises:
+      InputError: no such file or array (those there are, are listed), or values that `check_rows`
+        refuses.
+    """
+    path, _, inside = source.partition(":")
+    if not Path(path).exists():
+        raise InputError(f"there is no file {path}")
+    if path.endswith(".npy"):
+        try:
+            return check_rows(np.load(path, allow_pickle=False), source)
+        except (ValueError, EOFError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{path} is no readable .npy file: {error}") from error
+    try:
+        root = _open_store(path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
+    node = root.get(inside or "X")
+    if node is None:
+        there = [f"obsm/{key}" for key in root["obsm"]] if "obsm" in root else []
+        raise InputError(f"{path} has no {inside or 'X'!r}; there are X, {', '.join(there)}")
+    return check_rows(_dense(node), source)
+
+
+def _open_store(path: str) -> Any:
+    """The root group of an h5ad or zarr file."""
+    if path.endswith(".h5ad"):
+        import h5py
+
+        return h5py.File(path, "r")
+    if path.rstrip("/").endswith(".zarr"):
+        import zarr
+
+        return zarr.open_group(path, mode="r")
+    raise InputError(f"{path}: rows are read from .npy, .h5ad or .zarr")
+
+
+def _dense(node: Any) -> np.ndarray:
+    """An array node, or a sparse matrix in anndata's encoding, as a NumPy array."""
+    encoding = str(node.attrs.get("encoding-type", ""))
+    if encoding in ("csr_matrix", "csc_matrix"):
+        import scipy.sparse
+
+        make = scipy.sparse.csr_matrix if encoding == "csr_matrix" else scipy.sparse.csc_matrix
+        parts = tuple(np.asarray(node[name]) for name in ("data", "indices", "indptr"))
+        return make(parts, shape=tuple(node.attrs["shape"])).toarray()
+    if not hasattr(node, "shape"):
+        raise InputError(f"{node.name} is {encoding or 'a group'}, not a matrix")
+    return np.asarray(node)

@@ -1,6 +1,7 @@
 """Strict settings for every test; they hold before JAX touches a device."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -25,3 +26,10 @@ def data_folder() -> Path:
     if not root:
         pytest.skip("SAE_JAX_DATA does not name the test data")
     return Path(root)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs() -> Iterator[None]:
+    """Compiled programs of a module are of no use to the next: 2 GB by the end otherwise."""
+    yield
+    jax.clear_caches()

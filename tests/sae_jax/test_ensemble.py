@@ -1,0 +1,203 @@
+"""Who trains beside a member changes nothing about it: bit for bit under `lax.map`."""
+
+import dataclasses
+import types
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh
+
+from sae_jax import SAEConfig, distributed, ensemble, trainer
+from sae_jax.state import Params
+
+EPOCHS = 5
+ROWS = np.random.default_rng(0).normal(size=(70, 5)).astype(np.float32)
+SIZE = {"d_in": 5, "n_latents": 12, "batch_size": 16}
+RATES, SEEDS = [1e-2, 3e-3, 1e-2, 1e-3, 5e-2], [0, 0, 1, 2, 3]
+MEMBERS = {
+    "relu": [
+        SAEConfig(**SIZE, learning_rate=rate, l1_weight=l1, seed=seed, pre_bias="free")
+        for rate, l1, seed in zip(RATES, [0, 0.1, 1e-3, 1.0, 0.01], SEEDS, strict=True)
+    ],
+    "topk": [
+        SAEConfig(
+            **SIZE, activation="topk", k=k, learning_rate=rate, seed=seed, pre_bias="tied",
+            decoder_norm="unit",
+        )
+        for rate, k, seed in zip(RATES, [1, 3, 12, 5, 2], SEEDS, strict=True)
+    ],
+}  # fmt: skip
+everywhere = pytest.mark.parametrize("kind", MEMBERS)
+
+
+def cpus(devices: int) -> Mesh:
+    assert len(jax.devices("cpu")) == 2, "conftest.py asks JAX for two devices"
+    chosen = np.asarray(jax.devices("cpu")[:devices])
+    return Mesh(chosen, ("member",), axis_types=(AxisType.Auto,))
+
+
+def train(
+    configs: Sequence[SAEConfig],
+    mesh: Mesh | None = None,
+    rows: np.ndarray = ROWS,
+    on_chunk: Callable[[int, float], None] = lambda done, loss: None,
+    **changes: Any,
+) -> trainer.Trained:
+    """The bucket on the host, without the members that fill up the devices."""
+    mesh = cpus(1) if mesh is None else mesh
+    trained = trainer.train_bucket(
+        ensemble.stack_hyperparams(configs, mesh, rows.dtype),
+        jax.numpy.asarray(rows),
+        architecture=configs[0].architecture,
+        mesh=mesh,
+        on_chunk=on_chunk,
+        **{"epochs": EPOCHS, "data_seed": 4, **changes},
+    )
+    return jax.tree.map(lambda leaf: np.asarray(leaf)[: len(configs)], trained)
+
+
+def assert_same_bits(found: Any, expected: Any) -> None:
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == b.dtype
+        assert a.tobytes() == b.tobytes()
+
+
+def member(trained: trainer.Trained, i: int) -> trainer.Trained:
+    return jax.tree.map(lambda leaf: leaf[i], trained)
+
+
+@everywhere
+@pytest.mark.parametrize("devices", [1, 2])
+def test_alone_equals_in_company_bit_for_bit(kind: str, devices: int) -> None:
+    configs = MEMBERS[kind]
+    together = train(configs, cpus(devices))
+    for i, config in enumerate(configs):
+        assert_same_bits(member(together, i), member(train([config]), 0))
+    weights = [member(together, i).params.encoder.tobytes() for i in range(len(configs))]
+    assert len(set(weights)) == len(configs)
+    assert together.active.all()
+
+
+@everywhere
+def test_order_of_members_does_not_matter(kind: str) -> None:
+    configs = MEMBERS[kind]
+    forward, backward = train(configs, cpus(2)), train(configs[::-1], cpus(2))
+    for i in range(len(configs)):
+        assert_same_bits(member(forward, i), member(backward, len(configs) - 1 - i))
+
+
+@everywhere
+@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("position", [0, 4])
+def test_a_diverging_member_is_frozen_and_the_others_do_not_notice(
+    kind: str, devices: int, position: int
+) -> None:
+    configs = MEMBERS[kind]
+    calm = train(configs, cpus(devices))
+    wild = list(configs)
+    wild[position] = dataclasses.replace(wild[position], learning_rate=1e15)
+    trained = train(wild, cpus(devices))
+    assert trained.active.tolist() == [i != position for i in range(5)]
+    for i in range(5):
+        if i != position:
+            assert_same_bits(member(trained, i), member(calm, i))
+    for values in vars(trained.history).values():
+        assert np.isnan(values[position, 1:]).all()
+    assert not np.isfinite(trained.history.loss[position, 0])
+
+
+def test_all_members_may_diverge() -> None:
+    configs = [dataclasses.replace(c, learning_rate=1e15) for c in MEMBERS["relu"]]
+    assert not train(configs).active.any()
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.xfail(strict=True, reason="np.mean over no living member: RuntimeWarning")
+def test_nobody_is_warned_of_an_empty_mean_when_all_diverge() -> None:
+    configs = [dataclasses.replace(c, learning_rate=1e15) for c in MEMBERS["relu"]]
+    train(configs)
+
+
+def test_twins_are_equal_and_a_seed_is_of_the_initialisation_only() -> None:
+    first = MEMBERS["relu"][0]
+    other = dataclasses.replace(first, seed=9, name="another name")
+    trained = train([first, first, other, first, other])
+    assert_same_bits(member(trained, 1), member(trained, 0))
+    assert_same_bits(member(trained, 3), member(trained, 0))
+    assert_same_bits(member(trained, 4), member(trained, 2))
+    assert np.any(trained.params.encoder[0] != trained.params.encoder[2])
+
+
+class Accelerator:
+    """What `map_members` asks of a mesh, and the answers of a device that is no CPU."""
+
+    size = 1
+    devices = np.asarray([types.SimpleNamespace(platform="gpu")])
+
+
+ACCELERATOR = Accelerator()
+
+
+@pytest.mark.parametrize("with_diverged", [False, True])
+def test_vmap_equals_lax_map_in_float64(
+    with_diverged: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configs = list(MEMBERS["topk"])
+    if with_diverged:
+        configs[1] = dataclasses.replace(configs[1], learning_rate=1e155)
+    rows = ROWS.astype(np.float64)
+    with jax.enable_x64(True):
+        mapped = train(configs, cpus(1), rows)
+        with monkeypatch.context() as patch:
+            patch.setattr(jax, "shard_map", lambda function, **_: function)
+            patch.setattr(jax.lax, "map", None)
+            vectorised = train(configs, ACCELERATOR, rows)
+    assert mapped.active.tolist() == [not (with_diverged and i == 1) for i in range(5)]
+    np.testing.assert_array_equal(vectorised.active, mapped.active)
+    for name, value in vars(mapped.params).items():
+        if value is not None:
+            assert value.dtype == np.float64
+            alive = mapped.active
+            found = getattr(vectorised.params, name)[alive]
+            np.testing.assert_allclose(found, value[alive], rtol=0, atol=1e-9)
+    np.testing.assert_allclose(
+        vectorised.history.loss[mapped.active], mapped.history.loss[mapped.active], rtol=1e-9
+    )
+    assert np.isnan(vectorised.history.loss[~mapped.active, 1:]).all()
+
+
+def test_buckets_gather_equal_architectures_in_order_of_appearance() -> None:
+    relu, topk = MEMBERS["relu"], MEMBERS["topk"]
+    mixed = [topk[0], relu[0], relu[1], topk[1], dataclasses.replace(relu[0], batch_size=8)]
+    found = ensemble.buckets(mixed)
+    assert list(found.values()) == [[0, 3], [1, 2], [4]]
+    assert list(found) == [topk[0].architecture, relu[0].architecture, mixed[4].architecture]
+
+
+def test_hyperparameters_are_filled_up_to_the_devices_with_the_last_member() -> None:
+    hyper = ensemble.stack_hyperparams(MEMBERS["topk"], cpus(2), np.float32)
+    assert hyper.k.tolist() == [1, 3, 12, 5, 2, 2]
+    assert hyper.seed.tolist() == [0, 0, 1, 2, 3, 3]
+    np.testing.assert_array_equal(hyper.learning_rate, np.float32([*RATES, RATES[-1]]))
+    assert ensemble.stack_hyperparams(MEMBERS["topk"][:4], cpus(2), np.float32).k.shape == (4,)
+
+
+def test_map_members_gives_each_member_its_own_and_all_the_shared() -> None:
+    mesh = cpus(2)
+    lifted = ensemble.map_members(lambda own, shared: (own["a"] + own["b"]) * shared, mesh)
+    members = {"a": np.arange(6.0), "b": np.arange(6.0) * 10}
+    found = jax.jit(lifted)(members, np.asarray([1.0, 2.0]))
+    np.testing.assert_allclose(found, np.arange(6)[:, None] * [[11, 22]])
+
+
+def test_a_mesh_has_no_more_devices_than_members() -> None:
+    assert [distributed.member_mesh(n).size for n in (1, 2, 5)] == [1, 2, 2]
+
+
+def test_params_of_a_bucket_have_the_member_axis_in_front() -> None:
+    params: Params = train(MEMBERS["relu"], cpus(2)).params
+    assert params.encoder.shape == (5, 5, 12)
+    assert params.decoder.shape == (5, 12, 5)
