@@ -1,10 +1,13 @@
 """From activations to named features: one pipeline, for real features and for nulls alike.
 
 For each feature: the cells where it is high against those where it is silent (Welch's t for every
-gene), the genes that are up, and the gene sets that those genes (Fisher) or the whole ranking
-(Mann-Whitney) favour. A feature is named by Fisher's test alone: chance gives it hardly a gene to
-work with, while Mann-Whitney takes co-expressed genes for independent ones and finds sets in
-permuted activations too (the null rates beside it show how often).
+gene), the genes that are up, and the gene sets that those genes (Fisher, and matched for
+expression) or the whole ranking (Mann-Whitney) favour.
+
+A feature is named by the matched test alone. Mann-Whitney takes co-expressed genes for independent
+ones and finds sets in permuted activations; Fisher takes highly expressed genes for as hard to find
+as rare ones and finds sets of genes that were exchanged for others of like expression. `nulls` has
+both, and what each test names there is reported beside what it names here.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from analysis.cells import Expression
 from analysis.gene_sets import GeneSets
 from sae_jax import files
 
-TESTS = ("fisher", "mann_whitney")
+TESTS = ("matched", "fisher", "mann_whitney")
 BLOCK = 128  # features in memory as dense [features, genes] tables at once
 SCHEMA = pa.schema(
     {
@@ -45,9 +48,11 @@ class Rule:
 
     percentile: of all cells; a cell above it is high. 90 leaves a few dozen high cells in a data
       set of some hundreds; Schuster takes 99, for tens of thousands.
-    cells: a feature with fewer high cells is not named: the t of two or three cells is chance.
+    cells: a feature with fewer high cells is not named, nor one with fewer silent cells than this
+      or than a quarter of the high ones: a gene absent from a handful of cells has no variance
+      there, and its t means nothing.
     gene_q, fold_change: a gene is up at Benjamini-Hochberg q below the one and a fold change of
-      mean counts of at least the other.
+      mean counts of at least the other, `pseudocount` added to both means.
     term_q, hits: a term names a feature at q (over the feature's terms) below the one and with at
       least so many genes up.
     """
@@ -56,6 +61,7 @@ class Rule:
     cells: int = 10
     gene_q: float = 0.01
     fold_change: float = 1.5
+    pseudocount: float = 0.1
     term_q: float = 0.05
     hits: int = 2
 
@@ -64,8 +70,8 @@ class Rule:
 class Tested:
     """One test of every feature against every term; all [features, terms].
 
-    q over the terms of a feature, q_all over the whole table. effect is the fold enrichment
-    (fisher) or the area under the ROC curve (mann_whitney).
+    q over the terms of a feature, q_all over all features and terms of this test. effect is hits
+    over expected hits (matched, fisher) or the area under the ROC curve (mann_whitney).
     """
 
     p: np.ndarray
@@ -79,9 +85,10 @@ class Annotation:
     """Every feature against every term.
 
     terms, sizes: names, and measured genes, of the terms.
-    tests: `fisher` and `mann_whitney`.
+    tests: `matched`, `fisher` and `mann_whitney`. A gene whose t is undefined (constant in both
+      groups) stands in the middle of the latter's ranking.
     hits: genes of the term that are up [features, terms].
-    n_high, n_up: high cells and genes up of each feature.
+    n_high, n_low, n_up: high cells, silent cells and genes up of each feature.
     top_genes: of each feature, up to ten genes with the largest positive t.
     """
 
@@ -90,31 +97,37 @@ class Annotation:
     tests: dict[str, Tested]
     hits: np.ndarray
     n_high: np.ndarray
+    n_low: np.ndarray
     n_up: np.ndarray
     top_genes: list[list[str]]
     rule: Rule
 
-    def names(self) -> np.ndarray:
-        """[features, terms]: whether the term names the feature under the rule."""
-        enough = (self.n_high >= self.rule.cells)[:, None] & (self.hits >= self.rule.hits)
-        return enough & (self.tests["fisher"].q < self.rule.term_q)
+    def testable(self) -> np.ndarray:
+        """[features]: whether there are cells enough on both sides to name a feature."""
+        fewest = np.maximum(self.rule.cells, self.n_high / 4)
+        return (self.n_high >= self.rule.cells) & (self.n_low >= fewest)
 
-    def naming_terms(self, most: int) -> list[list[str]]:
+    def names(self, test: str = "matched") -> np.ndarray:
+        """[features, terms]: whether the term names the feature, by the rule or by another test."""
+        found = self.tests[test].q < self.rule.term_q
+        if test != "mann_whitney":
+            found &= self.hits >= self.rule.hits
+        return found & self.testable()[:, None]
+
+    def naming_terms(self, most: int, test: str = "matched") -> list[list[str]]:
         """Of each feature, up to `most` terms that name it, smallest p first."""
-        p = np.where(self.names(), self.tests["fisher"].p, np.inf)
+        p = np.where(self.names(test), self.tests[test].p, np.inf)
         order = np.argsort(p, axis=1, kind="stable")[:, :most]
         return [
             [self.terms[t] for t in terms if np.isfinite(row[t])]
             for terms, row in zip(order, p, strict=True)
         ]
 
-    def share_named(self) -> float:
-        """Share of the features that have a naming term."""
-        return float(self.names().any(axis=1).mean())
-
-    def share_ranked(self) -> float:
-        """Share of the features that Mann-Whitney would name: a term at q below the rule's."""
-        return float((self.tests["mann_whitney"].q < self.rule.term_q).any(axis=1).mean())
+    def share_named(self, test: str = "matched") -> float:
+        """Share of the testable features that have a naming term; NaN if none is testable."""
+        testable = self.testable()
+        named = self.names(test).any(axis=1)
+        return float(named.sum() / testable.sum()) if testable.any() else float("nan")
 
 
 def annotate(
@@ -123,28 +136,37 @@ def annotate(
     """Test every feature of z [cells, features] against every gene set.
 
     Cells are those of `expression`, genes of `sets.membership` those of `expression.genes`, both in
-    the same order.
+    the same order. Genes without any expression are compared with nothing: leave them out.
     """
     rule = rule or Rule()
     groups = differential.top_cells(z, rule.percentile)
+    strata = enrichment.strata_of_rank(np.asarray(expression.x.mean(axis=0)).ravel())
     columns: dict[str, list[np.ndarray]] = {}
     top_genes: list[list[str]] = []
     for welch in differential.welch_blocks(
-        expression.x, groups.high, active=groups.active, block=BLOCK
+        expression.x,
+        groups.high,
+        active=groups.active,
+        pseudocount=rule.pseudocount,
+        block=BLOCK,
     ):
         gene_q = enrichment.benjamini_hochberg(welch.p, axis=1)
         up = (gene_q < rule.gene_q) & (welch.log2_fold_change >= np.log2(rule.fold_change))
         # Rounded, or equal statistics that differ in their last bits would be ranked by noise.
         scores = np.nan_to_num(np.round(welch.t, 9), nan=0.0)
+        matched = enrichment.matched_overlap(up, sets.membership, strata)
         fisher = enrichment.hypergeometric(up, sets.membership)
         ranked = enrichment.mann_whitney(scores, sets.membership)
         for name, value in {
+            "matched_p": matched.p,
+            "matched_effect": matched.effect,
             "fisher_p": fisher.p,
             "fisher_effect": fisher.effect,
             "mann_whitney_p": ranked.p,
             "mann_whitney_effect": ranked.effect,
             "hits": fisher.hits,
             "n_high": welch.n_high,
+            "n_low": welch.n_low,
             "n_up": up.sum(axis=1),
         }.items():
             columns.setdefault(name, []).append(value)
@@ -158,6 +180,7 @@ def annotate(
         tests={test: _tested(found[f"{test}_p"], found[f"{test}_effect"]) for test in TESTS},
         hits=found["hits"],
         n_high=found["n_high"],
+        n_low=found["n_low"],
         n_up=found["n_up"],
         top_genes=top_genes,
         rule=rule,
@@ -190,7 +213,7 @@ def write(annotation: Annotation, features: np.ndarray, path: str | Path) -> Non
                             "term": terms.take(pa.array(every_term)),
                             "test": pa.array([test]).take(pa.array(np.zeros(hits.size, int))),
                             "size": annotation.sizes[every_term],
-                            "hits": pa.array(hits, mask=np.full(hits.size, test != "fisher")),
+                            "hits": pa.array(hits, mask=np.full(hits.size, test == "mann_whitney")),
                             "effect": tested.effect[rows].ravel(),
                             "p": tested.p[rows].ravel(),
                             "q": tested.q[rows].ravel(),

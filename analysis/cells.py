@@ -65,6 +65,8 @@ def expression(
       symbols: column of var with the genes' symbols; None for the var names. Genes without one are
         left out. Where a symbol occurs twice, its most expressed column stands for it.
 
+    Genes without a count in any cell are left out: they were not measured here.
+
     Raises:
       InputError: no such source or column, values that are not what `kind` says, or var names that
         repeat and no `symbols`.
@@ -80,13 +82,16 @@ def expression(
         x = sparse.csr_matrix(sparse.diags_array(scale) @ x)
         x.data = np.log1p(x.data)
     x = x.astype(np.float32)
+    totals = np.asarray(x.sum(axis=0)).ravel()
     if symbols is None:
         _refuse_duplicates(var.index, "gene names", "var_names_make_unique(), or --gene_symbols")
-        return Expression(x, np.asarray(var.index, dtype=str))
-    if symbols not in var:
+        genes, keep = var.index.astype(str), np.arange(len(var))
+    elif symbols not in var:
         raise InputError(f"var has no column {symbols!r}; it has {_listing(var.columns)}")
-    keep = _representatives(var[symbols], np.asarray(x.sum(axis=0)).ravel())
-    return Expression(x[:, keep], var[symbols].astype(str).to_numpy()[keep])
+    else:
+        genes, keep = var[symbols].astype(str), _representatives(var[symbols], totals)
+    keep = keep[totals[keep] > 0]
+    return Expression(x[:, keep], genes.to_numpy(dtype=str)[keep])
 
 
 def embedding(adata: anndata.AnnData, key: str) -> np.ndarray:
@@ -99,7 +104,9 @@ def embedding(adata: anndata.AnnData, key: str) -> np.ndarray:
         raise InputError(f"obsm has no {key!r}; it has {_listing(adata.obsm)}")
     x = adata.obsm[key]
     x = x.toarray() if sparse.issparse(x) else np.asarray(x)
-    return check_rows(x, f"obsm[{key!r}]").astype(np.float32, copy=False)
+    name = f"obsm[{key!r}]"
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused
+        return check_rows(check_rows(x, name).astype(np.float32, copy=False), name)
 
 
 def pca(x: sparse.csr_matrix, dimensions: int = 50) -> np.ndarray:
@@ -134,6 +141,13 @@ def labels(adata: anndata.AnnData, column: str) -> pd.Series:
         raise InputError(
             f"obs[{column!r}] holds {count} different labels for {len(values)} cells; "
             "a label is shared by cells, and there are at least two"
+        )
+    columns = values.cat.categories.str.replace("/", "|")
+    if columns.has_duplicates:
+        twice = values.cat.categories[columns.duplicated(keep=False)]
+        raise InputError(
+            f"obs[{column!r}] has labels that differ in a slash and a bar only, which one column "
+            f"name would stand for: {_listing(twice)}"
         )
     return values
 

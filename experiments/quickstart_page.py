@@ -19,10 +19,11 @@ FILES = {
     "report.html": "the page: everything below, to look at",
     "results.parquet": "one row a configuration: settings and metrics",
     "history.parquet": "one row per configuration and epoch: losses",
+    "choice.json": "the chosen dictionary, and why",
     "dictionaries": "one folder a configuration: cfg.json, sae_weights.safetensors",
     "features.h5ad": "cells × live features of the chosen dictionary; var names them",
     "enrichment.parquet": "feature × term × test: size, hits, effect, p, q, q_all",
-    "labels.csv": "the best feature of every label, on held-out cells",
+    "labels.csv": "the best feature of every label, measured on cells not used to choose",
     "figures": "frontier, label_auroc, cells: PNG and PDF",
 }
 PER_LABEL = 2  # features a label has in the heat map
@@ -45,7 +46,7 @@ class Findings:
     coverage: Coverage
     universe: int
     found: Annotation
-    null: Annotation
+    null_rates: dict[str, dict[str, float]]
     settings: dict[str, Any]
 
 
@@ -75,6 +76,11 @@ def top_lines(table: pd.DataFrame) -> list[str]:
     return lines or ["none: no gene set is over-represented in any feature's genes"]
 
 
+def auroc_column(label: str) -> str:
+    """A label's column in var. HDF5 takes a slash for a path and could not read the file again."""
+    return f"auroc:{label}".replace("/", "|")
+
+
 def title(name: str, row: pd.Series) -> str:
     """A feature's short name in a figure."""
     term = "unnamed" if pd.isna(row["best_term"]) else re.sub(r" \(GO:\d+\)$", "", row["best_term"])
@@ -90,7 +96,7 @@ def _draw(folder: Path, findings: Findings) -> dict[str, Path]:
     }
     shown = list(top_named(table).index)
     if findings.labels is not None:
-        columns = [f"auroc:{label}".replace("/", "|") for label in findings.labels.cat.categories]
+        columns = [auroc_column(label) for label in findings.labels.cat.categories]
         areas = table[columns].set_axis(findings.labels.cat.categories, axis=1)
         picked = list(
             dict.fromkeys(
@@ -116,7 +122,7 @@ def _draw(folder: Path, findings: Findings) -> dict[str, Path]:
 
 def _sections(findings: Findings, pictures: dict[str, Path]) -> list[tuple[str, list[str]]]:
     table, chosen = findings.adata.var, findings.results.loc[findings.member]
-    found, null, rule = findings.found, findings.null, findings.found.rule
+    found, rates, rule = findings.found, findings.null_rates, findings.found.rule
     sections = [
         (
             "What was found",
@@ -124,9 +130,10 @@ def _sections(findings: Findings, pictures: dict[str, Path]) -> list[tuple[str, 
                 report.paragraph(
                     f"{findings.adata.n_obs} cells, an embedding of {chosen['d_in']} dimensions, "
                     f"{chosen['n_latents']} latents, of which {len(table)} are live (active in at "
-                    f"least one training cell); {found.share_named():.0%} of those are named by "
-                    f"a gene set. The same pipeline names {null.share_named():.1%} of features "
-                    "whose cells were permuted: that is the rate of names that mean nothing."
+                    f"least one training cell). {_named(found)} For comparison, the same pipeline "
+                    f"names {rates['cells permuted']['matched']:.1%} of features whose cells were "
+                    f"permuted, and {rates['genes relabelled']['matched']:.1%} when every gene is "
+                    "exchanged for one of like expression."
                 ),
                 report.table(_readable(top_named(table).reset_index(names="feature"))),
             ],
@@ -138,9 +145,11 @@ def _sections(findings: Findings, pictures: dict[str, Path]) -> list[tuple[str, 
                 "The best feature of every label",
                 [
                     report.paragraph(
-                        "Chosen on one half of the cells; AUROC is measured on the other half. "
+                        "Chosen on one half of the cells; AUROC is measured on the other half "
+                        "(cells not used to choose; most were trained on, without their labels). "
                         "Beside it that of the best single dimension of the embedding, chosen and "
-                        "measured in the same way (either sign)."
+                        "measured in the same way (either sign). Fisher's terms are not matched "
+                        "for expression: read them with the rates below."
                     ),
                     report.table(_labels(findings.best)),
                     report.picture(
@@ -184,17 +193,19 @@ def _sections(findings: Findings, pictures: dict[str, Path]) -> list[tuple[str, 
                         "and is compared with all cells in which the feature is silent, gene by "
                         "gene, by Welch's t-test on ln(1 + counts per ten thousand).",
                         f"A gene is up at q < {rule.gene_q:g} and a fold change of mean counts of "
-                        f"at least {rule.fold_change:g}.",
-                        "A term names a feature by Fisher's exact test of the genes that are up, "
-                        f"at q < {rule.term_q:g} over the terms (Benjamini-Hochberg), with at "
-                        f"least {rule.hits} of them, if at least {rule.cells} cells are high. The "
-                        f"universe are the {findings.universe} measured genes.",
-                        "Mann-Whitney on the ranking of all genes by t is in enrichment.parquet "
-                        "too, and names nothing here: it takes co-expressed genes for independent "
-                        f"ones. At the same q it would name {found.share_ranked():.0%} of the "
-                        f"features, and {null.share_ranked():.0%} of permuted ones.",
+                        f"at least {rule.fold_change:g} ({rule.pseudocount:g} added to both).",
+                        "A term names a feature if the genes that are up hold more of its genes "
+                        "than genes of like expression would (strata of about a hundred), at "
+                        f"q < {rule.term_q:g} over the terms (Benjamini-Hochberg), with at least "
+                        f"{rule.hits} hits. The universe are the {findings.universe} measured "
+                        f"genes. Features of fewer than {rule.cells} high cells are not named, nor "
+                        "those with few silent cells.",
+                        "Fisher's exact test and Mann-Whitney on the ranking of all genes are in "
+                        "enrichment.parquet too, and name nothing: see what they find when there "
+                        "is nothing to find.",
                     ]
                 ),
+                report.table(_rates(found, rates)),
                 report.paragraph(f"Gene sets: {findings.coverage}."),
                 report.items(
                     [
@@ -213,10 +224,27 @@ def _sections(findings: Findings, pictures: dict[str, Path]) -> list[tuple[str, 
                 ),
             ],
         ),
-        ("Files", [report.items([f"{name}: {what}" for name, what in FILES.items()])]),
+        ("Files", [report.items([f"{n}: {what}" for n, what in FILES.items()])]),
         ("Settings", [report.code(json.dumps(findings.settings, indent=1))]),
     ]
     return sections
+
+
+def _named(found: Annotation) -> str:
+    testable = int(found.testable().sum())
+    share = f"{found.share_named():.0%} of those are named by a gene set." if testable else ""
+    return f"{testable} have cells enough on both sides to be named; {share}"
+
+
+def _rates(found: Annotation, rates: dict[str, dict[str, float]]) -> pd.DataFrame:
+    """Share of features that each test names: here, and under each null."""
+    return pd.DataFrame(
+        [
+            {"share named by": test, "these features": found.share_named(test)}
+            | {name: null[test] for name, null in rates.items()}
+            for test in found.tests
+        ]
+    )
 
 
 def _readable(table: pd.DataFrame) -> pd.DataFrame:
@@ -240,7 +268,8 @@ def _labels(best: pd.DataFrame) -> pd.DataFrame:
         "feature": "feature",
         "auroc": "AUROC",
         "dimension_auroc": "a dimension's",
-        "top_terms": "top terms",
+        "top_terms": "named by",
+        "fisher_terms": "Fisher's terms",
         "top_genes": "top genes",
     }
     return best.assign(top_genes=_first(best["top_genes"], 6))[list(shown)].rename(columns=shown)

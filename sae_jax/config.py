@@ -6,8 +6,11 @@ on all of them train inside one. `SAEConfig` adds the traced ones, which may dif
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Mapping
 from typing import Any, Self
+
+import numpy as np
 
 from sae_jax.errors import InputError
 
@@ -92,8 +95,16 @@ class SAEConfig(Architecture):
     name: str = "custom"
 
     def __post_init__(self) -> None:
+        for field in ("d_in", "n_latents", "batch_size", "seed", "k"):
+            if isinstance(getattr(self, field), np.integer):
+                object.__setattr__(self, field, int(getattr(self, field)))
+        for field in ("learning_rate", "l1_weight"):
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, numbers.Real):
+                raise InputError(f"{field}={value!r} must be a number")
+            object.__setattr__(self, field, float(value))
         for field, allowed in CHOICES.items():
-            if getattr(self, field) not in allowed:
+            if not (isinstance(getattr(self, field), str) and getattr(self, field) in allowed):
                 raise InputError(
                     f"{field}={getattr(self, field)!r} is not one of {', '.join(allowed)}"
                 )
@@ -128,9 +139,12 @@ class SAEConfig(Architecture):
         if missing:
             raise InputError(f"preset {preset!r} needs {', '.join(missing)}")
         if "k_percent" in required:
+            if "k" in fields:
+                raise InputError(f"preset {preset!r} takes k_percent, not k={fields['k']!r}")
             percent = fields.pop("k_percent")
-            if not 0 < percent <= 100:
-                raise InputError(f"k_percent={percent!r} must be in (0, 100]")
+            if not (isinstance(percent, numbers.Real) and 0 < percent <= 100):
+                raise InputError(f"k_percent={percent!r} must be a number in (0, 100]")
+            _check_integer("n_latents", fields["n_latents"], low=1)
             fields["k"] = max(1, int(fields["n_latents"] * percent / 100))
         return cls.from_dict({**fixed, "name": preset, **fields})
 
@@ -167,7 +181,7 @@ def preset_fields(preset: str) -> tuple[dict[str, str], tuple[str, ...]]:
 
 
 def _check_integer(field: str, value: Any, *, low: int, high: int | None = None) -> None:
-    integer = isinstance(value, int) and not isinstance(value, bool)
+    integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
     if not integer or value < low or (high is not None and value > high):
         bounds = f"at least {low}" if high is None else f"in {low} .. {high}"
         raise InputError(f"{field}={value!r} must be an integer {bounds}")

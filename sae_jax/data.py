@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import scipy.sparse
 
 from sae_jax.errors import InputError
 from sae_jax.state import Normalizer
@@ -17,6 +18,8 @@ def check_rows(x: Any, name: str, *, d_in: int | None = None) -> np.ndarray:
       InputError: not two-dimensional, not numbers, of another width than d_in, empty, or with NaN
         or infinite values (how many, in which rows first).
     """
+    if scipy.sparse.issparse(x):
+        raise InputError(f"{name} is sparse; give a dense array, {name}.toarray() say")
     x = np.asarray(x)
     if x.ndim != 2:
         raise InputError(f"{name} has shape {x.shape}; it must be [rows, dimensions]")
@@ -29,13 +32,18 @@ def check_rows(x: Any, name: str, *, d_in: int | None = None) -> np.ndarray:
     x = np.ascontiguousarray(x, x.dtype if x.dtype == np.float64 else np.float32)
     finite = np.isfinite(x)
     if not finite.all():
-        rows = np.flatnonzero(~finite.all(axis=1))
-        first = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
-        raise InputError(
-            f"{name} holds {x.size - finite.sum()} NaN or infinite values in {len(rows)} of "
-            f"{len(x)} rows (rows {first}); remove or repair those rows"
-        )
+        raise not_finite(name, np.nonzero(~finite)[0], len(x))
     return x
+
+
+def not_finite(name: str, positions: np.ndarray, rows: int) -> InputError:
+    """The refusal of values that are NaN or infinite; `positions` has the row of each."""
+    where = np.unique(positions)
+    first = ", ".join(map(str, where[:5])) + (", ..." if len(where) > 5 else "")
+    return InputError(
+        f"{name} holds {len(positions)} NaN or infinite values in {len(where)} of "
+        f"{rows} rows (rows {first}); remove or repair those rows"
+    )
 
 
 def split(rows: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -54,6 +62,8 @@ def fit_normalizer(x: np.ndarray, kind: str) -> Normalizer | None:
         return None
     if kind == "zscore":
         mean, scale = x.mean(axis=0, dtype=np.float64), x.std(axis=0, dtype=np.float64)
+        # The rounded mean of a constant leaves a deviation of 1e-17 that must not be divided by.
+        scale = np.where(x.max(axis=0) > x.min(axis=0), scale, 1)
     else:
         mean = np.zeros(x.shape[1])
         scale = np.full(x.shape[1], np.sqrt(np.mean(np.square(x, dtype=np.float64))))
@@ -115,8 +125,6 @@ def _dense(node: Any) -> np.ndarray:
     """An array node, or a sparse matrix in anndata's encoding, as a NumPy array."""
     encoding = str(node.attrs.get("encoding-type", ""))
     if encoding in ("csr_matrix", "csc_matrix"):
-        import scipy.sparse
-
         make = scipy.sparse.csr_matrix if encoding == "csr_matrix" else scipy.sparse.csc_matrix
         parts = tuple(np.asarray(node[name]) for name in ("data", "indices", "indptr"))
         return make(parts, shape=tuple(node.attrs["shape"])).toarray()

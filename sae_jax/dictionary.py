@@ -31,6 +31,7 @@ _TENSORS = {
     "decoder_bias": "b_dec",
     "pre_bias": "b_pre",
 }
+_CFG_TYPES = {"format_version": int, "dtype": str, "config": dict, "provenance": dict}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -86,6 +87,10 @@ class Dictionary:
         """
         if scipy.sparse.issparse(z):
             z = z.tocsr()
+            bad = np.flatnonzero(~np.isfinite(z.data))
+            if len(bad):
+                rows = np.searchsorted(z.indptr, bad, side="right") - 1
+                raise data.not_finite("z", rows, z.shape[0])
             pieces = [
                 self.decode(z[i : i + ROWS_AT_A_TIME].toarray())
                 for i in range(0, z.shape[0], ROWS_AT_A_TIME)
@@ -135,24 +140,26 @@ class Dictionary:
             or of other shapes than cfg.json says.
         """
         path = Path(path)
+        for name in ("cfg.json", "sae_weights.safetensors"):
+            if not (path / name).is_file():
+                raise InputError(f"{path} holds no saved dictionary: {path / name} is missing")
         try:
             cfg = json.loads((path / "cfg.json").read_text())
             tensors = safetensors.numpy.load_file(path / "sae_weights.safetensors")
-        except FileNotFoundError as error:
-            raise InputError(
-                f"{path} holds no saved dictionary: {error.filename} is missing"
-            ) from None
         except (json.JSONDecodeError, UnicodeDecodeError, safetensors.SafetensorError) as error:
             raise InputError(f"{path} holds a damaged dictionary: {error}") from None
         if not isinstance(cfg, dict) or cfg.get("format") != "sae_jax.Dictionary":
             raise InputError(f"{path / 'cfg.json'} was not written by sae_jax")
+        for key, kind in _CFG_TYPES.items():
+            if not isinstance(cfg.get(key), kind):
+                raise InputError(f"{path / 'cfg.json'} is damaged: {key} is {cfg.get(key)!r}")
         if cfg["format_version"] > FORMAT_VERSION:
             raise InputError(
                 f"{path} has format version {cfg['format_version']}, this sae_jax reads up to "
                 f"{FORMAT_VERSION}: update it"
             )
         config = SAEConfig.from_dict(cfg["config"])
-        _check_tensors(tensors, config, path)
+        _check_tensors(tensors, config, cfg["dtype"], path)
         normalizer = None
         if config.input_normalization != "none":
             normalizer = Normalizer(mean=tensors["input_mean"], scale=tensors["input_scale"])
@@ -188,7 +195,9 @@ def _piecewise(run: Any, rows: np.ndarray) -> Iterator[np.ndarray]:
         yield np.asarray(run(padded))[: len(piece)]
 
 
-def _check_tensors(tensors: dict[str, np.ndarray], config: SAEConfig, path: Path) -> None:
+def _check_tensors(
+    tensors: dict[str, np.ndarray], config: SAEConfig, dtype: str, path: Path
+) -> None:
     d, n = config.d_in, config.n_latents
     expected: dict[str, tuple[int, ...]] = {"W_enc": (d, n), "b_enc": (n,), "W_dec": (n, d)}
     if config.decoder_bias == "free":
@@ -201,4 +210,9 @@ def _check_tensors(tensors: dict[str, np.ndarray], config: SAEConfig, path: Path
     if found != expected:
         raise InputError(
             f"{path / 'sae_weights.safetensors'} holds {found}, its cfg.json asks for {expected}"
+        )
+    dtypes = {name: str(tensors[name].dtype) for name in _TENSORS.values() if name in tensors}
+    if set(dtypes.values()) != {dtype}:
+        raise InputError(
+            f"{path / 'sae_weights.safetensors'} holds {dtypes}, its cfg.json asks for {dtype}"
         )

@@ -13,7 +13,9 @@ def use_all_cpu_cores() -> None:
     For programs, before their first JAX computation (JAX then refuses the change); a library call
     must not decide this. Results do not depend on it. Accelerators are not affected.
     """
-    jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
+    # What this process may use, where the system tells (Linux), else all there are.
+    allowed = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0)
+    jax.config.update("jax_num_cpu_devices", len(allowed))
 
 
 def member_mesh(members: int) -> Mesh:

@@ -30,7 +30,12 @@ def write_aside(path: str | os.PathLike[str]) -> Iterator[Path]:
             _flush(written)
         if path.is_dir():  # a folder cannot be replaced in one call: move the old one out first
             path.rename(aside / "replaced")
-        fresh.rename(path)
+        try:
+            fresh.rename(path)
+        except OSError:
+            if (aside / "replaced").exists():
+                (aside / "replaced").rename(path)
+            raise
         _flush(path.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)

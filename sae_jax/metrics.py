@@ -99,8 +99,8 @@ def evaluate(
     raw = jax.tree.map(np.asarray, raw)
     squared_error = raw.squared_error.sum(axis=1, dtype=np.float64)
     live = (raw.active > 0).sum(axis=1)
-    fvu = squared_error / _sum_of_squares(x, x.mean(axis=0, dtype=np.float64))
-    fvu_scalar = squared_error / _sum_of_squares(x, x.mean(dtype=np.float64))
+    fvu = _ratio(squared_error, _sum_of_squares(x, x.mean(axis=0, dtype=np.float64)))
+    fvu_scalar = _ratio(squared_error, _sum_of_squares(x, x.mean(dtype=np.float64)))
     return {
         "mse": squared_error / x.size,
         "r2": 1 - fvu,
@@ -114,6 +114,12 @@ def evaluate(
 
 
 def _sum_of_squares(x: np.ndarray, mean: np.ndarray | float) -> float:
-    """Squared distances from a mean, at least the smallest float so that 0 / 0 is a large FVU."""
-    total = sum(np.square(x[i : i + BATCH] - mean).sum() for i in range(0, len(x), BATCH))
-    return max(float(total), np.finfo(np.float64).tiny)
+    """Squared distances from a mean."""
+    return sum(float(np.square(x[i : i + BATCH] - mean).sum()) for i in range(0, len(x), BATCH))
+
+
+def _ratio(squared_error: np.ndarray, total: float) -> np.ndarray:
+    """Fraction of variance unexplained; of rows without variance 0 or infinity."""
+    if total > 0:
+        return squared_error / total
+    return np.where(squared_error > 0, np.inf, 0.0)

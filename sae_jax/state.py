@@ -64,6 +64,7 @@ class TrainState:
 
 def hyperparams(config: SAEConfig, dtype: jax.typing.DTypeLike) -> Hyperparams:
     """The traced half of a config; k is n_latents where the architecture has none."""
+    dtype = jax.dtypes.canonicalize_dtype(dtype)  # float64 rows without x64 mode are float32
     return Hyperparams(
         learning_rate=jnp.asarray(config.learning_rate, dtype),
         l1_weight=jnp.asarray(config.l1_weight, dtype),

@@ -1,19 +1,21 @@
 """Grid to configs to trained dictionaries and a table of results; the front door of training."""
 
 import dataclasses
-import importlib.metadata
 import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from absl import logging
 from tqdm import tqdm
 
+import sae_jax
 from sae_jax import data, distributed, ensemble, metrics, models, trainer
 from sae_jax.config import SAEConfig, preset_fields
 from sae_jax.dictionary import Dictionary
@@ -46,8 +48,8 @@ class Run:
 def grid(preset: str, **axes: Any) -> list[SAEConfig]:
     """Every combination of a preset with the given fields, in the order given, duplicates merged.
 
-    A list or tuple is an axis, anything else is the same for all. An axis that the preset has no
-    use for (k for vanilla, l1_weight for a TopK preset) is dropped with a line that says so.
+    A list, tuple or array is an axis, anything else is the same for all. An axis that the preset
+    has no use for (k for vanilla, l1_weight for a TopK preset) is dropped, and said to be.
 
     Example:
       >>> configs = grid("vanilla", d_in=4, n_latents=[8, 40], l1_weight=[1e-3, 1e-4], seed=[0, 1])
@@ -61,7 +63,7 @@ def grid(preset: str, **axes: Any) -> list[SAEConfig]:
     for name in sorted(unused & set(axes)):
         logging.info("preset %s has no use for %s: that axis is dropped", preset, name)
     used = {
-        name: values if isinstance(values, list | tuple) else [values]
+        name: list(values) if isinstance(values, list | tuple | np.ndarray) else [values]
         for name, values in axes.items()
         if name not in unused
     }
@@ -81,6 +83,7 @@ def train(
     workdir: str | os.PathLike[str] | None = None,
     data_seed: int = 0,
     progress: bool = True,
+    provenance: dict[str, Any] | None = None,
 ) -> Run:
     """Train a dictionary per configuration, all that share an architecture in one program.
 
@@ -93,19 +96,27 @@ def train(
         history.parquet. Members already finished there by the same call are not trained again.
       data_seed: the order of rows depends on it and on the epoch alone.
       progress: a bar on stderr.
+      provenance: where the rows come from (file, key, model, layer, ...), in JSON's types; it
+        travels with every dictionary.
 
     Raises:
       InputError: before any work: no configs, rows that are not finite, of another width or fewer
         than a batch, or a workdir that holds other settings.
     """
     configs = list(configs)
-    rows, validation = _check(configs, train, validation, epochs)
+    rows, validation = _check(configs, train, validation, epochs, data_seed)
+    epochs, data_seed = int(epochs), int(data_seed)
     settings = {
         "configs": [config.to_dict() for config in configs],
         "epochs": epochs,
         "data_seed": data_seed,
         "train": data.fingerprint(rows),
         "validation": None if validation is None else data.fingerprint(validation),
+    }
+    about = {
+        **(provenance or {}),
+        **{name: settings[name] for name in ("epochs", "data_seed", "train")},
+        "versions": {module.__name__: module.__version__ for module in (sae_jax, jax, flax, optax)},
     }
     out = None if workdir is None else Workdir(Path(workdir), settings)
     members = {} if out is None else out.finished()
@@ -118,7 +129,7 @@ def train(
             positions = [todo[i] for i in chosen]
             bucket = [configs[position] for position in positions]
             bar.set_description(f"{bucket[0].name} {architecture.d_in} -> {architecture.n_latents}")
-            trained = _train_bucket(bucket, rows, validation, epochs, data_seed, bar)
+            trained = _train_bucket(bucket, rows, validation, epochs, data_seed, about, bar)
             members |= dict(zip(positions, trained, strict=True))
             if out is not None:
                 out.write(members)
@@ -127,12 +138,17 @@ def train(
 
 
 def _check(
-    configs: list[SAEConfig], train: np.ndarray, validation: np.ndarray | None, epochs: int
+    configs: list[SAEConfig],
+    train: np.ndarray,
+    validation: np.ndarray | None,
+    epochs: int,
+    data_seed: int,
 ) -> tuple[np.ndarray, np.ndarray | None]:
     if not configs:
         raise InputError("no configurations to train")
-    if epochs < 1:
-        raise InputError(f"epochs={epochs} must be at least 1")
+    for name, value, low in (("epochs", epochs, 1), ("data_seed", data_seed, 0)):
+        if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < low:
+            raise InputError(f"{name}={value!r} must be an integer of at least {low}")
     rows = data.check_rows(train, "train")
     if validation is not None:
         validation = data.check_rows(validation, "validation", d_in=rows.shape[1])
@@ -154,6 +170,7 @@ def _train_bucket(
     validation: np.ndarray | None,
     epochs: int,
     data_seed: int,
+    provenance: dict[str, Any],
     bar: tqdm,
 ) -> list[Member]:
     """Train and measure configurations that share an architecture."""
@@ -180,12 +197,6 @@ def _train_bucket(
             measured |= {f"{split}_{name}": value for name, value in values.items()}
 
     params, active = jax.device_get((trained.params, trained.active))
-    provenance = {
-        "epochs": epochs,
-        "data_seed": data_seed,
-        "train": data.fingerprint(rows),
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")},
-    }
     members = []
     for i, config in enumerate(configs):
         weights = jax.tree.map(lambda leaf, i=i: leaf[i].copy(), params)

@@ -86,7 +86,7 @@ def row_order(
     steps = rows // architecture.batch_size
     key = jax.random.fold_in(jax.random.key(data_seed), epoch)
     order = jax.random.permutation(key, rows)[: steps * architecture.batch_size]
-    return order.reshape(steps, architecture.batch_size)
+    return order.reshape(steps, architecture.batch_size).astype(jnp.int32)
 
 
 @functools.partial(jax.jit, static_argnames=("architecture", "mesh", "dtype"))
@@ -174,7 +174,8 @@ def train_bucket(
         history.append(metrics)
         done += count
         last = metrics.loss[:, -1]
-        on_chunk(count, float(np.mean(last, where=np.isfinite(last))))
+        alive = last[np.isfinite(last)]
+        on_chunk(count, float(alive.mean()) if alive.size else float("nan"))
         per_epoch = (time.perf_counter() - began) / count
         count = int(np.clip(CHUNK_SECONDS / per_epoch, 1, min(size, max(1, epochs - done))))
     whole = jax.tree.map(lambda *chunks: np.concatenate(chunks, axis=1), *history)

@@ -9,6 +9,7 @@ results.parquet             one row per finished member; written last, so what i
 import dataclasses
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,23 +47,32 @@ class Workdir:
         check_writable(path)
         config_file = path / "configs.json"
         if config_file.exists():
-            found = json.loads(config_file.read_text())
+            try:
+                found = json.loads(config_file.read_text())
+            except ValueError as error:
+                raise InputError(f"{config_file} is damaged: {error}") from None
             if found != settings:
                 raise InputError(
                     f"{path} holds a run of other settings:\n  {difference(found, settings)}\n"
                     "Give another folder, or the same settings to continue that run."
                 )
+        elif (path / "results.parquet").exists() or (path / "dictionaries").exists():
+            raise InputError(f"{path} holds results, but not the configs.json they belong to")
         else:
             files.write_json(config_file, settings)
+        self.members = len(settings["configs"])
 
     def finished(self) -> dict[int, Member]:
         """Members of an earlier call, by position."""
-        import pandas as pd
+        members = self._read() if (self.path / "results.parquet").exists() else {}
+        for position in range(self.members):  # what a killed run left; it is trained again
+            if position not in members and self.folder(position).exists():
+                shutil.rmtree(self.folder(position))
+        return members
 
-        if not (self.path / "results.parquet").exists():
-            return {}
-        results = pd.read_parquet(self.path / "results.parquet")
-        history = dict(iter(pd.read_parquet(self.path / "history.parquet").groupby("member")))
+    def _read(self) -> dict[int, Member]:
+        results = _read_parquet(self.path / "results.parquet")
+        history = dict(iter(_read_parquet(self.path / "history.parquet").groupby("member")))
         return {
             row["member"]: Member(
                 Dictionary.load(self.folder(row["member"])) if row["status"] == "trained" else None,
@@ -106,6 +116,15 @@ def tables(members: dict[int, Member]) -> tuple["pd.DataFrame", "pd.DataFrame"]:
         for i, member in members.items()
     ]
     return results, pd.concat(history, ignore_index=True)
+
+
+def _read_parquet(path: Path) -> "pd.DataFrame":
+    import pandas as pd
+
+    try:
+        return pd.read_parquet(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is missing or damaged: {error}") from None
 
 
 def check_writable(path: Path) -> None:

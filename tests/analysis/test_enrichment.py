@@ -201,3 +201,42 @@ def test_every_term_on_real_rankings_equals_the_golden_tests() -> None:
 
 def assert_same_p(p: np.ndarray, expected: np.ndarray) -> None:
     np.testing.assert_allclose(np.log10(p), np.log10(expected), rtol=0, atol=1e-9)
+
+
+def test_matched_overlap_bounds_the_exact_tail_of_stratified_draws() -> None:
+    """The exact distribution of the hits is a convolution of one hypergeometric a stratum."""
+    rng = np.random.default_rng(5)
+    strata = np.repeat(np.arange(4), [30, 20, 40, 10])
+    selected = rng.random((12, 100)) < np.array([0.1, 0.3, 0.2, 0.9])[strata]
+    membership = (rng.random((9, 100)) < np.array([0.3, 0.1, 0.2, 0.5])[strata]).astype(float)
+    found = enrichment.matched_overlap(selected, membership, strata)
+    checked = 0
+    for i, j in np.ndindex(12, 9):
+        distribution, mean = np.ones(1), 0.0
+        for stratum in range(4):
+            inside = strata == stratum
+            size, n, k = inside.sum(), selected[i, inside].sum(), int(membership[j, inside].sum())
+            draw = stats.hypergeom(size, k, n)
+            distribution = np.convolve(distribution, draw.pmf(np.arange(size + 1)))
+            mean += draw.mean()
+        hits = int((selected[i] & (membership[j] > 0)).sum())
+        assert found.hits[i, j] == hits
+        assert found.expected[i, j] == pytest.approx(mean)
+        exact = distribution[hits:].sum()
+        if hits >= mean + 1:
+            checked += 1
+            assert exact <= found.p[i, j] * (1 + 1e-9)
+            assert found.p[i, j] <= max(20 * exact, 0.5)  # a bound, and not an empty one
+        else:
+            assert found.p[i, j] == 1
+    assert checked > 10
+
+
+def test_strata_hold_neighbours_in_rank() -> None:
+    values = np.random.default_rng(0).permutation(1050)
+    strata = enrichment.strata_of_rank(values, 100)
+    assert strata.max() == 9
+    assert set(np.bincount(strata)) == {105}
+    for stratum in range(9):
+        assert values[strata == stratum].max() < values[strata == stratum + 1].min()
+    assert set(enrichment.strata_of_rank(np.arange(7), 100)) == {0}

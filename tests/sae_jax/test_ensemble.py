@@ -115,7 +115,6 @@ def test_all_members_may_diverge() -> None:
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.xfail(strict=True, reason="np.mean over no living member: RuntimeWarning")
 def test_nobody_is_warned_of_an_empty_mean_when_all_diverge() -> None:
     configs = [dataclasses.replace(c, learning_rate=1e15) for c in MEMBERS["relu"]]
     train(configs)

@@ -115,7 +115,6 @@ def test_a_failed_flush_leaves_the_old_file(
     assert [p.name for p in tmp_path.iterdir()] == ["file.txt"]
 
 
-@pytest.mark.xfail(strict=True, reason="the old folder is moved out and deleted if rename fails")
 def test_a_failed_rename_keeps_the_old_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

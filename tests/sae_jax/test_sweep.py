@@ -125,7 +125,6 @@ def test_grid_refuses_what_a_preset_does_not_know() -> None:
         grid("vanilla", **SIZE)
 
 
-@pytest.mark.xfail(strict=True, reason="an array is taken for one value")
 def test_grid_takes_an_array_for_an_axis() -> None:
     made = grid("vanilla", **SIZE, l1_weight=np.logspace(-3, -1, 3))
     assert [config.l1_weight for config in made] == pytest.approx([1e-3, 1e-2, 1e-1])
@@ -245,7 +244,6 @@ def test_bad_input_is_refused_before_a_folder_is_made(
 @pytest.mark.parametrize(
     "changes", [{"epochs": 1.5}, {"epochs": "3"}, {"data_seed": 0.5}, {"data_seed": -1}]
 )
-@pytest.mark.xfail(strict=True, reason="epochs and data_seed are not checked to be integers >= 0")
 def test_epochs_and_seeds_that_are_no_integers_are_refused(
     changes: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -420,7 +418,6 @@ def test_a_folder_without_permission_is_refused() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{", "not json"])
-@pytest.mark.xfail(strict=True, reason="JSONDecodeError")
 def test_a_damaged_configs_file_is_refused(run_folder: Path, text: str) -> None:
     (run_folder / "configs.json").write_text(text)
     with pytest.raises(InputError, match=r"configs\.json"):
@@ -428,21 +425,18 @@ def test_a_damaged_configs_file_is_refused(run_folder: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["results.parquet", "history.parquet"])
-@pytest.mark.xfail(strict=True, reason="pyarrow's own errors, FileNotFoundError")
 def test_a_damaged_table_is_refused(run_folder: Path, name: str) -> None:
     (run_folder / name).write_bytes((run_folder / name).read_bytes()[:-100])
     with pytest.raises(InputError, match=name):
         train(run_folder)
 
 
-@pytest.mark.xfail(strict=True, reason="results without configs.json are taken for our own")
 def test_results_without_their_settings_are_not_taken_over(run_folder: Path) -> None:
     (run_folder / "configs.json").unlink()
     with pytest.raises(InputError):
         train(run_folder, epochs=4)
 
 
-@pytest.mark.xfail(strict=True, reason="a folder that exists is kept though it was trained again")
 def test_a_member_trained_again_replaces_what_an_unfinished_run_left(
     run_folder: Path, plain: Run
 ) -> None:
@@ -457,7 +451,6 @@ def test_a_member_trained_again_replaces_what_an_unfinished_run_left(
 
 
 @pytest.mark.parametrize("changes", [{"epochs": np.int64(3)}, {"data_seed": np.int64(2)}])
-@pytest.mark.xfail(strict=True, reason="json cannot write NumPy's integers")
 def test_numpy_integers_are_integers(changes: dict[str, Any], tmp_path: Path, plain: Run) -> None:
     assert_equal_runs(train(tmp_path / "run", **changes), plain)
 

@@ -172,7 +172,6 @@ def test_training_lowers_the_loss_and_l1_lowers_the_codes() -> None:
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.xfail(strict=True, reason="int64 positions are scattered into int32: FutureWarning")
 def test_float64_training_warns_of_nothing() -> None:
     with jax.enable_x64(True):
         rows = ROWS[:44].astype(np.float64)
