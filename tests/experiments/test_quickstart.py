@@ -108,8 +108,8 @@ def test_every_file_is_there_and_names_the_planted_programs(
 
     table = pd.read_parquet(out / "enrichment.parquet")
     assert list(table) == ["feature", "term", "test", "size", "hits", "effect", "p", "q", "q_all"]
-    assert len(table) == found.n_vars * 15 * 2
-    assert set(table["test"]) == {"fisher", "mann_whitney"}
+    assert len(table) == found.n_vars * 15 * 3
+    assert set(table["test"]) == {"matched", "fisher", "mann_whitney"}
     assert set(table["feature"]) == set(found.var_names)
 
     page = (out / "report.html").read_text()
