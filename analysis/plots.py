@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 from scipy import sparse
 
 from sae_jax import files
@@ -27,33 +28,49 @@ def save(figure: Figure, folder: Path, name: str) -> Path:
     return folder / f"{name}.png"
 
 
-def frontier(results: pd.DataFrame, chosen: int, max_l0_share: float, min_r2: float) -> Figure:
-    """Reconstruction (validation R²) over sparsity (validation L0 as a share of the latents).
+def frontier(
+    results: pd.DataFrame,
+    chosen: int | None = None,
+    max_l0_share: float | None = None,
+    min_r2: float | None = None,
+    split: str = "validation",
+) -> Figure:
+    """Reconstruction (R² of a split) over sparsity (its L0 as a share of the latents).
 
-    One point a configuration, by preset; the chosen one is ringed, the region that its rule admits
-    is shaded. A point below the axis' range is drawn on its edge.
+    One point a configuration, by preset. Where a choice was made, the chosen one is ringed and the
+    region that its rule admits is shaded. A point below the axis' range is drawn on its edge; those
+    that diverged are absent.
     """
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.subplots()
-    share = results["validation_l0"] / results["n_latents"]
-    r2 = results["validation_r2"]
+    share = results[f"{split}_l0"] / results["n_latents"]
+    r2 = results[f"{split}_r2"]
     floor = max(-0.05, float(r2.min()) - 0.05)
-    axes.axvspan(share[share > 0].min() / 2, max_l0_share, (min_r2 - floor) / (1.03 - floor), 1,
-                 color="#e8f2e4", zorder=0, label="admissible")  # fmt: skip
+    if max_l0_share is not None and min_r2 is not None:
+        axes.axvspan(
+            share[share > 0].min() / 2, max_l0_share, (min_r2 - floor) / (1.03 - floor), 1,
+            color="#e8f2e4", zorder=0, label="admissible",
+        )  # fmt: skip
     for marker, (name, rows) in zip(
-        PRESET_STYLE, results.groupby("name", sort=False), strict=False
+        itertools.cycle(PRESET_STYLE), results.groupby("name", sort=False), strict=False
     ):
         axes.scatter(
             share[rows.index], r2[rows.index].clip(lower=floor), marker=marker, s=36, alpha=0.75,
             label=name,
         )  # fmt: skip
-    axes.scatter(share[chosen], r2[chosen], s=170, facecolors="none", edgecolors="black",
-                 linewidths=1.6, label="chosen")  # fmt: skip
+    if chosen is not None:
+        axes.scatter(share[chosen], r2[chosen], s=170, facecolors="none", edgecolors="black",
+                     linewidths=1.6, label="chosen")  # fmt: skip
     axes.set(
-        xscale="log", ylim=(floor, 1.03), ylabel="validation R²",
+        xscale="log" if (share > 0).any() else "linear",  # none is, where every one diverged
+        ylim=(floor, 1.03), ylabel=f"{split} R²",
         xlabel="active latents a cell (L0), share of all latents",
     )  # fmt: skip
-    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+    if (share > 0).any():
+        wide = share.max() > 100 * share[share > 0].min()
+        axes.xaxis.set_major_locator(LogLocator(subs=(1,) if wide else (1, 2, 5)))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_major_formatter(lambda x, _: f"{100 * x:g}%")
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=8)
     return figure

@@ -1,16 +1,21 @@
-"""The console script `sae-jax`, and how every program of this package starts."""
+"""The console script `sae-jax`, and how every program of this package starts.
+
+A program is a module with `main()` and `define_flags()`. Flags are not defined when a module is
+imported: absl has one set of them a process, where two programs cannot both define --workdir.
+"""
 
 import importlib
 import logging as python_logging
 import sys
 from collections.abc import Callable, Sequence
 
-from absl import app, logging
+from absl import app, flags, logging
 
 from sae_jax import InputError, distributed
 
 PROGRAMS = {
     "quickstart": "cells and an embedding in; named features, tables, figures and a report out",
+    "sweep": "an embedding in; a dictionary per configuration, their metrics and frontier out",
 }
 
 
@@ -23,11 +28,27 @@ def main() -> None:
         print("flags of a program: sae-jax PROGRAM --help", file=sys.stderr)
         sys.exit(0 if program in ("-h", "--help", "--helpfull") else 2)
     module = importlib.import_module(f"experiments.{program}")
-    launch(module.main, [f"sae-jax {program}", *sys.argv[2:]])
+    sys.modules["__main__"].__doc__ = module.__doc__  # what --help prints
+    launch(module.main, module.define_flags, [f"sae-jax {program}", *sys.argv[2:]])
 
 
-def launch(program: Callable[[], None], argv: Sequence[str] | None = None) -> None:
+def launch(
+    program: Callable[[], None],
+    define_flags: Callable[[], None],
+    argv: Sequence[str] | None = None,
+) -> None:
     """Run an absl program: plain log lines, all CPU cores, and bad input as one line and exit 2."""
+    before = set(flags.FLAGS)
+    define_flags()
+    for name in set(flags.FLAGS) - before:  # of the main module: --help shows them
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
+
+    def parse(arguments: Sequence[str]) -> list[str]:
+        try:
+            return flags.FLAGS(arguments)
+        except flags.Error as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
 
     def run(arguments: Sequence[str]) -> None:
         if len(arguments) > 1:
@@ -46,4 +67,4 @@ def launch(program: Callable[[], None], argv: Sequence[str] | None = None) -> No
             print("interrupted", file=sys.stderr)
             sys.exit(130)
 
-    app.run(run, argv=None if argv is None else list(argv))
+    app.run(run, argv=None if argv is None else list(argv), flags_parser=parse)

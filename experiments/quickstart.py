@@ -41,33 +41,6 @@ from experiments import cli, quickstart_page
 from sae_jax import InputError, data, files, workdir
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("h5ad", None, "AnnData file; default: the PBMC data that ship with scanpy.")
-flags.DEFINE_string("embedding", None, "Key of obsm; default: PCA of the expression.")
-flags.DEFINE_integer("pca", 50, "Dimensions of that PCA.", lower_bound=1)
-flags.DEFINE_string("expression", None, "X, raw, or the name of a layer (default X).")
-flags.DEFINE_enum(
-    "expression_is", None, cells.EXPRESSION_KINDS, "What that holds; checked, never guessed."
-)
-flags.DEFINE_string("gene_symbols", None, "Column of var with symbols; default: the var names.")
-flags.DEFINE_string("label", None, "Column of obs with labels of the cells, cell types say.")
-flags.DEFINE_string(
-    "gene_sets", gene_sets.EMBEDDED, "GMT file, name of an online library, or 'embedded'."
-)
-flags.DEFINE_integer("min_size", None, "Smallest set in measured genes; 2 if embedded, else 20.")
-flags.DEFINE_integer("max_size", None, "Largest set in measured genes; 2000 if embedded, else 500.")
-flags.DEFINE_string("workdir", None, "Folder to fill.")
-flags.DEFINE_bool("overwrite", False, "Replace what an earlier run left in --workdir.")
-flags.DEFINE_bool("resume", False, "Continue an earlier run in --workdir, of the same settings.")
-flags.DEFINE_integer(
-    "n_latents", None, "Latents; default: ten times the embedding's dimensions.", lower_bound=1
-)
-flags.DEFINE_integer("batch_size", 128, "Cells a step.", lower_bound=1)
-flags.DEFINE_integer("steps", 4000, "Steps of each configuration, at least.", 1)
-flags.DEFINE_integer("seeds", 2, "Initialisations of each setting.", lower_bound=1)
-flags.DEFINE_integer("seed", 0, "Of the splits of the cells and of the order of training.", 0)
-flags.DEFINE_float("max_l0_percent", 10.0, "Most active latents a cell, of all latents.", 0, 100)
-flags.DEFINE_float("min_r2", 0.8, "Least validation R².")
-flags.DEFINE_float("high_percentile", 90.0, "A cell above it is high, of all cells.", 0, 99.99)
 
 L1_WEIGHTS = [0.5, 0.75, 1.0, 1.5, 2.0]
 K_PERCENTS = [1, 2, 5, 10]
@@ -91,6 +64,45 @@ class Inputs:
     embedding: np.ndarray
     labels: pd.Series | None
     sets: gene_sets.GeneSets
+
+
+def define_flags() -> None:
+    """Defines the flags; `cli.launch` calls this."""
+    flags.DEFINE_string("h5ad", None, "AnnData file; default: the PBMC data that ship with scanpy.")
+    flags.DEFINE_string("embedding", None, "Key of obsm; default: PCA of the expression.")
+    flags.DEFINE_integer("pca", 50, "Dimensions of that PCA.", lower_bound=1)
+    flags.DEFINE_string("expression", None, "X, raw, or the name of a layer (default X).")
+    flags.DEFINE_enum(
+        "expression_is", None, cells.EXPRESSION_KINDS, "What that holds; checked, never guessed."
+    )
+    flags.DEFINE_string("gene_symbols", None, "Column of var with symbols; default: the var names.")
+    flags.DEFINE_string("label", None, "Column of obs with labels of the cells, cell types say.")
+    flags.DEFINE_string(
+        "gene_sets", gene_sets.EMBEDDED, "GMT file, name of an online library, or 'embedded'."
+    )
+    flags.DEFINE_integer(
+        "min_size", None, "Smallest set in measured genes; 2 if embedded, else 20."
+    )
+    flags.DEFINE_integer(
+        "max_size", None, "Largest set in measured genes; 2000 if embedded, else 500."
+    )
+    flags.DEFINE_string("workdir", None, "Folder to fill.")
+    flags.DEFINE_bool("overwrite", False, "Replace what an earlier run left in --workdir.")
+    flags.DEFINE_bool(
+        "resume", False, "Continue an earlier run in --workdir, of the same settings."
+    )
+    flags.DEFINE_integer(
+        "n_latents", None, "Latents; default: ten times the embedding's dimensions.", lower_bound=1
+    )
+    flags.DEFINE_integer("batch_size", 128, "Cells a step.", lower_bound=1)
+    flags.DEFINE_integer("steps", 4000, "Steps of each configuration, at least.", 1)
+    flags.DEFINE_integer("seeds", 2, "Initialisations of each setting.", lower_bound=1)
+    flags.DEFINE_integer("seed", 0, "Of the splits of the cells and of the order of training.", 0)
+    flags.DEFINE_float(
+        "max_l0_percent", 10.0, "Most active latents a cell, of all latents.", 0, 100
+    )
+    flags.DEFINE_float("min_r2", 0.8, "Least validation R².")
+    flags.DEFINE_float("high_percentile", 90.0, "A cell above it is high, of all cells.", 0, 99.99)
 
 
 def main() -> None:
@@ -392,4 +404,4 @@ def label_table(
 
 
 if __name__ == "__main__":
-    cli.launch(main)
+    cli.launch(main, define_flags)

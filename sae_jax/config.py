@@ -22,10 +22,24 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "init": ("torch", "tied"),
     "reduction": ("sum", "mean"),
     "input_normalization": ("none", "zscore", "scalar"),
+    "auxiliary": ("none", "auxk"),
+    "schedule": ("constant", "linear", "cosine"),
+    "clipping": ("none", "norm"),
+}
+
+# Fields that mean something under one value of a choice only.
+USED_WITH: dict[str, tuple[str, str]] = {
+    "l1_weight": ("activation", "relu"),
+    "l1_warmup": ("activation", "relu"),
+    "k": ("activation", "topk"),
+    "k_aux": ("auxiliary", "auxk"),
+    "aux_weight": ("auxiliary", "auxk"),
+    "dead_steps": ("auxiliary", "auxk"),
+    "clip_norm": ("clipping", "norm"),
 }
 
 # Each preset: the fields it sets, then the fields it leaves to the user without a default.
-PRESETS: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
+PRESETS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     # Schuster, appendix A.1: z = ReLU(W x + b), x' = W' z + b'.
     "vanilla": ({"activation": "relu"}, ("l1_weight",)),
     # Schuster's "ReLU", after Bricken et al. 2023: a learned bias is added before encoding. The
@@ -34,7 +48,52 @@ PRESETS: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
     # Schuster's TopK: k is a percentage of the latents, top-k of pre-activations and then ReLU (so
     # fewer than k may be active), no L1 and no auxiliary loss.
     "topk_schuster": ({"activation": "topk"}, ("k_percent",)),
+    # Gao et al. 2024: TopK with tied start, unit decoder, and the auxiliary loss for dead latents.
+    "topk": (
+        {
+            "activation": "topk",
+            "pre_bias": "tied",
+            "decoder_norm": "unit",
+            "init": "tied",
+            "auxiliary": "auxk",
+        },
+        ("k",),
+    ),
+    # Kendiukhov, section 3.3; the reduction is that of the code, in which its weights 1, 3 and 10
+    # are given (as equation 4 is printed they would be .25, .75 and 2.5 at 512 -> 2048).
+    "kendiukhov": (
+        {
+            "activation": "relu",
+            "pre_bias": "tied",
+            "decoder_norm": "unit",
+            "reduction": "mean",
+            "input_normalization": "zscore",
+            "learning_rate": 3e-4,
+            "batch_size": 512,
+            "schedule": "cosine",
+            "clipping": "norm",
+        },
+        ("l1_weight",),
+    ),
+    # Claye et al.: A' = U D^T, no biases beside the encoder's; their k is about .016 n_latents.
+    "claye": (
+        {
+            "activation": "topk",
+            "decoder_bias": "none",
+            "auxiliary": "auxk",
+            "k_aux": 512,
+            "batch_size": 1024,
+        },
+        ("k",),
+    ),
 }
+
+
+# Ranges of the numeric fields: the least integer; whether a real must be above 0 or may be 0.
+INTEGERS = {
+    "d_in": 1, "n_latents": 1, "batch_size": 1, "lr_warmup": 0, "l1_warmup": 0, "dead_steps": 1,
+}  # fmt: skip
+REALS = {"learning_rate": True, "l1_weight": False, "aux_weight": False, "clip_norm": True}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,6 +117,11 @@ class Architecture:
         weight_sum = weight_mean * d_in / n_latents.
       input_normalization: `none`; `zscore` per dimension; `scalar`, one factor that brings the mean
         squared norm to d_in. Statistics travel with the dictionary and `encode` applies them.
+      auxiliary: `none`, or `auxk`: latents that are dead (see `dead_steps`) also reconstruct what
+        the others left over, without the decoder's bias (Gao et al. 2024, A.2).
+      schedule: of the learning rate after its warm-up: `constant`, or `linear` or `cosine` to 0 at
+        the last step.
+      clipping: `none`, or `norm`: gradients of a larger global norm than `clip_norm` are scaled.
       batch_size: rows a step.
     """
 
@@ -70,6 +134,9 @@ class Architecture:
     init: str = "torch"
     reduction: str = "sum"
     input_normalization: str = "none"
+    auxiliary: str = "none"
+    schedule: str = "constant"
+    clipping: str = "none"
     batch_size: int = 128
 
 
@@ -78,9 +145,16 @@ class SAEConfig(Architecture):
     """One dictionary to train: an architecture and its own hyperparameters.
 
     Attributes:
-      learning_rate: Adam's, constant.
+      learning_rate: Adam's, before warm-up and schedule.
+      lr_warmup: steps in which the learning rate rises from 0 to itself, linearly.
       l1_weight: factor of the |z| term, in the scale of `reduction`.
+      l1_warmup: steps in which the L1 weight rises from 0 to itself, linearly.
       k: active latents a row at most; for `topk` only, in 1 .. n_latents.
+      k_aux: dead latents that take part in the auxiliary loss of a row, at most; None for 512 or
+        all there are.
+      aux_weight: factor of the auxiliary loss, which has the scale of the reconstruction's.
+      dead_steps: steps without a single activation after which a latent is dead.
+      clip_norm: see `clipping`.
       seed: of the initialisation and of nothing else.
       name: of the preset it came from; for tables, never for arithmetic.
 
@@ -89,16 +163,22 @@ class SAEConfig(Architecture):
     """
 
     learning_rate: float = 1e-3
+    lr_warmup: int = 0
     l1_weight: float = 0.0
+    l1_warmup: int = 0
     k: int | None = None
+    k_aux: int | None = None
+    aux_weight: float = 1 / 32
+    dead_steps: int = 256
+    clip_norm: float = 1.0
     seed: int = 0
     name: str = "custom"
 
     def __post_init__(self) -> None:
-        for field in ("d_in", "n_latents", "batch_size", "seed", "k"):
+        for field in (*INTEGERS, "seed", "k", "k_aux"):
             if isinstance(getattr(self, field), np.integer):
                 object.__setattr__(self, field, int(getattr(self, field)))
-        for field in ("learning_rate", "l1_weight"):
+        for field in REALS:
             value = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, numbers.Real):
                 raise InputError(f"{field}={value!r} must be a number")
@@ -108,10 +188,10 @@ class SAEConfig(Architecture):
                 raise InputError(
                     f"{field}={getattr(self, field)!r} is not one of {', '.join(allowed)}"
                 )
-        for field in ("d_in", "n_latents", "batch_size"):
-            _check_integer(field, getattr(self, field), low=1)
+        for field, low in INTEGERS.items():
+            _check_integer(field, getattr(self, field), low=low)
         _check_integer("seed", self.seed, low=0, high=2**32 - 1)
-        for field, positive in (("learning_rate", True), ("l1_weight", False)):
+        for field, positive in REALS.items():
             value = getattr(self, field)
             if not (math.isfinite(value) and (value > 0 if positive else value >= 0)):
                 bound = "above 0" if positive else "at least 0"
@@ -122,6 +202,10 @@ class SAEConfig(Architecture):
             _check_integer("k", self.k, low=1, high=self.n_latents)
         elif self.k is not None:
             raise InputError(f"k={self.k} has no meaning for activation={self.activation!r}")
+        if self.k_aux is not None:
+            if self.auxiliary == "none":
+                raise InputError(f"k_aux={self.k_aux} has no meaning for auxiliary='none'")
+            _check_integer("k_aux", self.k_aux, low=1)
         if self.pre_bias == "tied" and self.decoder_bias == "none":
             raise InputError("pre_bias='tied' subtracts the decoder's bias; decoder_bias is 'none'")
 
@@ -173,7 +257,15 @@ class SAEConfig(Architecture):
         return Architecture(**{name: getattr(self, name) for name in names})
 
 
-def preset_fields(preset: str) -> tuple[dict[str, str], tuple[str, ...]]:
+def unused_fields(preset: str) -> set[str]:
+    """Fields that mean nothing under a preset's choices, as axes of a grid for instance."""
+    fixed, required = preset_fields(preset)
+    chosen = {**{field.name: field.default for field in dataclasses.fields(SAEConfig)}, **fixed}
+    unused = {field for field, (choice, value) in USED_WITH.items() if chosen[choice] != value}
+    return unused | ({"k"} if "k_percent" in required else {"k_percent"})
+
+
+def preset_fields(preset: str) -> tuple[dict[str, Any], tuple[str, ...]]:
     """The fields a preset sets, and those it requires. Raises InputError for an unknown one."""
     if preset not in PRESETS:
         raise InputError(f"unknown preset {preset!r}; there are {', '.join(PRESETS)}")

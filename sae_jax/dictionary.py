@@ -1,10 +1,10 @@
-"""A trained dictionary: encode, decode, save, load."""
+"""A trained dictionary: encode, decode, steer, fold, save, load."""
 
 import dataclasses
 import functools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -67,6 +67,13 @@ class Dictionary:
           InputError: another width than d_in, or NaN or infinite values.
         """
         x = data.check_rows(x, "x", d_in=self.config.d_in)
+        if sparse:
+            pieces = [scipy.sparse.csr_matrix(piece) for piece in self._codes(x)]
+            return scipy.sparse.vstack(pieces, "csr")
+        return np.concatenate(list(self._codes(x)))
+
+    def _codes(self, x: np.ndarray) -> Iterator[np.ndarray]:
+        """Codes of checked rows x [rows, d_in], ROWS_AT_A_TIME of them at a time."""
         run = functools.partial(
             _encode,
             jax.tree.map(jnp.asarray, self.params),
@@ -74,10 +81,7 @@ class Dictionary:
             self.normalizer,
             architecture=self.config.architecture,
         )
-        if sparse:
-            pieces = [scipy.sparse.csr_matrix(piece) for piece in _piecewise(run, x)]
-            return scipy.sparse.vstack(pieces, "csr")
-        return np.concatenate(list(_piecewise(run, x)))
+        return _piecewise(run, x)
 
     def decode(self, z: np.ndarray | scipy.sparse.sparray | scipy.sparse.spmatrix) -> np.ndarray:
         """Reconstructions [rows, d_in] of codes z [rows, latents], dense or sparse.
@@ -104,6 +108,111 @@ class Dictionary:
         run = functools.partial(_decode, jax.tree.map(jnp.asarray, self.params), self.normalizer)
         return np.concatenate(list(_piecewise(run, z)))
 
+    def steer(
+        self,
+        x: np.ndarray,
+        features: int | Sequence[int] | np.ndarray,
+        *,
+        set: float | Sequence[float] | np.ndarray | None = None,
+        scale: float | Sequence[float] | np.ndarray | None = None,
+        keep_error: bool = True,
+    ) -> np.ndarray:
+        """Rows [rows, d_in] as they were if `features` had other codes.
+
+        With z = encode(x) and z' the same but for `features`, the result is
+        x + decode(z') - decode(z): what the dictionary does not reconstruct stays in the row and
+        never counts as an effect. A row whose codes do not change is returned bit for bit. The
+        other codes stay as they are; a top-k is not taken again.
+
+        Args:
+          x: rows [rows, d_in], in the embedding's own units.
+          features: latents, each once.
+          set: the code they get, one for all or one per feature; 0 ablates. Negative codes are
+            allowed, though `encode` gives none.
+          scale: the factor their codes get instead; only rows in which they are active change.
+          keep_error: False gives decode(z'), as Schuster's code does; it differs from x by the
+            reconstruction error even where no code changes.
+
+        Raises:
+          InputError: not exactly one of set and scale; features that the dictionary does not have;
+            NaN or infinite values; a number of values that is not the number of features.
+
+        Example:
+          >>> without = dictionary.steer(embedding, [3, 14], set=0)  # doctest: +SKIP
+        """
+        x = data.check_rows(x, "x", d_in=self.config.d_in)
+        chosen = _check_features(features, self.config.n_latents)
+        if (set is None) == (scale is None):
+            raise InputError("steer needs exactly one of set and scale")
+        name, given = ("set", set) if scale is None else ("scale", scale)
+        values = _check_values(name, given, len(chosen))
+        # The decoder is linear: only the changed codes' directions are needed for a difference.
+        directions = np.asarray(self.params.decoder, np.float64)[chosen]
+        if self.normalizer is not None:
+            directions = directions * np.asarray(self.normalizer.scale, np.float64)
+        steered = np.empty_like(x)
+        for number, piece in enumerate(self._codes(x)):
+            rows = slice(number * ROWS_AT_A_TIME, number * ROWS_AT_A_TIME + len(piece))
+            old = piece[:, chosen].astype(np.float64)
+            with np.errstate(over="ignore"):
+                new = (values if scale is None else old * values).astype(piece.dtype)
+            if not np.isfinite(new).all():
+                raise InputError(f"{name}={given!r} makes codes beyond the range of {piece.dtype}")
+            if keep_error:
+                difference = new - old
+                changed = (difference != 0).any(axis=1, keepdims=True)
+                steered[rows] = np.where(changed, x[rows] + difference @ directions, x[rows])
+            else:
+                codes = piece.copy()
+                codes[:, chosen] = new
+                steered[rows] = self.decode(codes)
+        return steered
+
+    def fold(self) -> "Dictionary":
+        """The same dictionary with its normalisation and pre-bias inside the weights.
+
+        `encode` and `decode` of the two agree to rounding (where two pre-activations tie to
+        rounding, a top-k may choose the other); its config says input_normalization="none" and
+        pre_bias="none", so other libraries can run it. Decoder rows lose their unit norm to the
+        normalisation's scale, and input whose mean is many times its spread loses digits: that
+        difference is then taken after the product in float32, not before.
+        """
+        config, params = self.config, self.params
+        if self.normalizer is None and config.pre_bias == "none":
+            return self
+        double = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+        zeros = np.zeros(config.d_in)
+        mean, scale = zeros, zeros + 1
+        if self.normalizer is not None:
+            mean = np.asarray(self.normalizer.mean, np.float64)
+            scale = np.asarray(self.normalizer.scale, np.float64)
+        decoder_bias = zeros if double.decoder_bias is None else double.decoder_bias
+        shift = {"none": zeros, "free": double.pre_bias, "tied": -decoder_bias}[config.pre_bias]
+        folded = {
+            "encoder": double.encoder / scale[:, None],
+            "encoder_bias": double.encoder_bias + (shift - mean / scale) @ double.encoder,
+            "decoder": double.decoder * scale[None, :],
+            "decoder_bias": decoder_bias * scale + mean,
+        }
+        dtype = params.encoder.dtype
+        arrays = {field: value.astype(dtype) for field, value in folded.items()}
+        if config.decoder_bias == "none" and not mean.any():
+            arrays["decoder_bias"] = None
+        changed = {
+            "pre_bias": "none",
+            "input_normalization": "none",
+            "decoder_bias": "none" if arrays["decoder_bias"] is None else "free",
+            "decoder_norm": config.decoder_norm if self.normalizer is None else "free",
+        }
+        before = {field: getattr(config, field) for field in changed}
+        # Other fields of Params speak of pre-activations, which folding leaves as they are.
+        return Dictionary(
+            dataclasses.replace(config, **changed),
+            params.replace(**arrays, pre_bias=None),
+            None,
+            {**self.provenance, "folded": before},
+        )
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the folder `path`: cfg.json and sae_weights.safetensors.
 
@@ -118,6 +227,9 @@ class Dictionary:
         tensors = {k: np.ascontiguousarray(v) for k, v in tensors.items() if v is not None}
         cfg = {
             "format": "sae_jax.Dictionary",
+            # SAELens would load an unnamed architecture as its standard one, with other codes: this
+            # name it refuses. `interop.to_saelens` writes what it reads.
+            "architecture": "sae_jax",
             "format_version": FORMAT_VERSION,
             "d_in": self.config.d_in,
             "d_sae": self.config.n_latents,
@@ -166,6 +278,19 @@ class Dictionary:
         params = Params(**{field: tensors.get(name) for field, name in _TENSORS.items()})
         return cls(config, params, normalizer, cfg["provenance"])
 
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str]) -> "Dictionary":
+        """Read a folder of `save`, of SAELens or of dictionary_learning, whichever it is.
+
+        See `sae_jax.interop` for what is read of the other two.
+
+        Raises:
+          InputError: none of the three, or one that cannot be represented.
+        """
+        from sae_jax import interop  # which imports this module
+
+        return interop.from_pretrained(path)
+
 
 @functools.partial(jax.jit, static_argnames="architecture")
 def _encode(
@@ -193,6 +318,39 @@ def _piecewise(run: Any, rows: np.ndarray) -> Iterator[np.ndarray]:
         padded = np.zeros((ROWS_AT_A_TIME, rows.shape[1]), rows.dtype)
         padded[: len(piece)] = piece
         yield np.asarray(run(padded))[: len(piece)]
+
+
+def _check_features(features: Any, n_latents: int) -> np.ndarray:
+    """Latents [features] as integers; each exists and comes once."""
+    chosen = np.atleast_1d(np.asarray(features))
+    if chosen.size == 0:
+        chosen = np.zeros(0, np.int64)
+    if chosen.ndim != 1 or not np.issubdtype(chosen.dtype, np.integer):
+        raise InputError(
+            f"features must be latents' numbers, found {chosen.dtype} of shape {chosen.shape}; "
+            "of a mask give np.flatnonzero(mask)"
+        )
+    unknown = chosen[(chosen < 0) | (chosen >= n_latents)]
+    if len(unknown):
+        listed = ", ".join(map(str, unknown[:5])) + (", ..." if len(unknown) > 5 else "")
+        raise InputError(f"features {listed}: the dictionary has latents 0 .. {n_latents - 1}")
+    once, times = np.unique(chosen, return_counts=True)
+    if len(once) < len(chosen):
+        raise InputError(f"features holds {once[times > 1][0]} more than once")
+    return chosen
+
+
+def _check_values(name: str, given: Any, features: int) -> np.ndarray:
+    """One value, or one per feature, as [1 row, features]."""
+    try:
+        values = np.asarray(given, np.float64)
+    except (TypeError, ValueError):
+        raise InputError(f"{name}={given!r} must be a number or one number per feature") from None
+    if values.shape not in ((), (features,)):
+        raise InputError(f"{name} has shape {values.shape}; give one value or {features}")
+    if not np.isfinite(values).all():
+        raise InputError(f"{name}={given!r} holds NaN or infinite values")
+    return np.broadcast_to(values, (1, features))
 
 
 def _check_tensors(

@@ -13,8 +13,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sae_jax.config import Architecture, SAEConfig
 from sae_jax.state import Hyperparams, hyperparams
@@ -28,10 +29,15 @@ def buckets(configs: Sequence[SAEConfig]) -> dict[Architecture, list[int]]:
     return positions
 
 
-def stack_hyperparams(configs: Sequence[SAEConfig], mesh: Mesh, dtype: Any) -> Hyperparams:
-    """Hyperparams [members, ...], the last member repeated up to a multiple of the devices."""
+def stack_hyperparams(
+    configs: Sequence[SAEConfig], mesh: Mesh, dtype: Any, steps: int = 0
+) -> Hyperparams:
+    """Hyperparams [members, ...], the last member repeated up to a multiple of the devices.
+
+    `steps`: how long they train, for schedules.
+    """
     surplus = -len(configs) % mesh.size
-    members = [hyperparams(config, dtype) for config in [*configs, *[configs[-1]] * surplus]]
+    members = [hyperparams(config, dtype, steps) for config in [*configs, *[configs[-1]] * surplus]]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
 
 
@@ -56,3 +62,23 @@ def map_members(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
         check_vma=False,
     )
     return lambda members, *shared: mapped(members, shared)
+
+
+def compacted(active: np.ndarray, mesh: Mesh) -> np.ndarray | None:
+    """Rows to go on with when others have stopped; None while that saves too little.
+
+    The sizes are powers of two times the devices, so that few are ever compiled; spare rows repeat
+    the last active one.
+    """
+    alive, size = np.flatnonzero(active), mesh.size
+    while size < len(alive):
+        size *= 2
+    if 2 * size > len(active):
+        return None
+    return np.pad(alive, (0, size - len(alive)), mode="edge")
+
+
+def take(tree: Any, rows: np.ndarray, mesh: Mesh) -> Any:
+    """These rows of every leaf [members, ...], spread over the mesh again."""
+    taken = jax.tree.map(lambda leaf: np.asarray(leaf)[rows], tree)
+    return jax.device_put(taken, NamedSharding(mesh, PartitionSpec("member")))

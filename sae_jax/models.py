@@ -75,7 +75,11 @@ def encode(
     params: Params, hyper: Hyperparams, x: jax.Array, architecture: Architecture
 ) -> jax.Array:
     """[rows, d_in] -> codes [rows, latents], never negative."""
-    pre = pre_activations(params, x, architecture)
+    return activate(pre_activations(params, x, architecture), hyper, architecture)
+
+
+def activate(pre: jax.Array, hyper: Hyperparams, architecture: Architecture) -> jax.Array:
+    """Pre-activations to codes, both [rows, latents]."""
     if architecture.activation == "topk":
         return activations.topk(pre, hyper.k)
     return activations.relu(pre)

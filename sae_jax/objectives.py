@@ -9,19 +9,59 @@ compute.
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from sae_jax import models
+from sae_jax import activations, models
 from sae_jax.config import Architecture
 from sae_jax.state import Hyperparams, Metrics, Params
 
 
 def loss(
-    params: Params, hyper: Hyperparams, x: jax.Array, architecture: Architecture
-) -> tuple[jax.Array, Metrics]:
-    """Loss of a batch x [rows, d_in] (already normalised), and the metrics it passes by."""
-    z = models.encode(params, hyper, x, architecture)
+    params: Params,
+    hyper: Hyperparams,
+    x: jax.Array,
+    architecture: Architecture,
+    dead: jax.Array | None = None,
+) -> tuple[jax.Array, tuple[Metrics, jax.Array]]:
+    """Loss of a batch x [rows, d_in] (already normalised).
+
+    Args:
+      dead: [latents] bool, for the auxiliary loss; None leaves that out.
+
+    Returns:
+      The loss; the metrics it passes by, and the codes z [rows, latents].
+    """
+    pre = models.pre_activations(params, x, architecture)
+    z = models.activate(pre, hyper, architecture)
     error = models.decode(params, z) - x
-    return total(error, z, hyper, architecture)
+    value, metrics = total(error, z, hyper, architecture)
+    if dead is not None:
+        value = value + hyper.aux_weight * auxk(params, hyper, pre, error, dead, architecture)
+        metrics = metrics.replace(loss=value)
+    return value, (metrics, z)
+
+
+def auxk(
+    params: Params,
+    hyper: Hyperparams,
+    pre: jax.Array,
+    error: jax.Array,
+    dead: jax.Array,
+    architecture: Architecture,
+) -> jax.Array:
+    """What dead latents leave of the reconstruction's error (Gao et al. 2024, A.2).
+
+        L_aux = mean over rows of || (x - x') - z_aux W_dec ||^2
+
+    z_aux are the k_aux largest positive pre-activations among the dead. The error is taken as
+    given, so the gradient reaches the dead latents' encoder and decoder rows (and the encoder's
+    input) and no living latent. Without dead latents it is 0.
+    """
+    z = activations.topk(jnp.where(dead[None, :], pre, 0), hyper.k_aux)
+    left = lax.stop_gradient(error) + z @ params.decoder
+    squared = jnp.sum(left**2) / left.shape[0]
+    scale = 1 if architecture.reduction == "sum" else architecture.d_in
+    return jnp.where(jnp.any(dead), squared / scale, 0)
 
 
 def total(

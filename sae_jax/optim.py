@@ -15,6 +15,30 @@ from sae_jax.state import Hyperparams, Params
 ADAM = optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8)
 
 
+def scheduled(hyper: Hyperparams, step: jax.Array, architecture: Architecture) -> Hyperparams:
+    """Hyperparameters as they stand at a step, from 0: warm-ups, then the schedule.
+
+    The warm-up of w steps multiplies step i by min(1, (i + 1) / w); the schedule decays from the
+    end of the warm-up to the last of `hyper.steps`, linearly or by half a cosine.
+    """
+    dtype = hyper.learning_rate.dtype
+
+    def warmed(value: jax.Array, steps: jax.Array) -> jax.Array:
+        share = (step + 1).astype(dtype) / jnp.maximum(steps, 1).astype(dtype)
+        return value * jnp.minimum(share, 1)
+
+    rate = warmed(hyper.learning_rate, hyper.lr_warmup)
+    if architecture.schedule != "constant":
+        left = (hyper.steps - hyper.lr_warmup).astype(dtype)
+        done = (step - hyper.lr_warmup).astype(dtype) / jnp.maximum(left, 1)
+        done = jnp.clip(done, 0, 1)
+        if architecture.schedule == "linear":
+            rate = rate * (1 - done)
+        else:
+            rate = rate * (1 + jnp.cos(jnp.pi * done)) / 2
+    return hyper.replace(learning_rate=rate, l1_weight=warmed(hyper.l1_weight, hyper.l1_warmup))
+
+
 def update(
     params: Params,
     state: optax.OptState,
@@ -32,6 +56,8 @@ def update(
     if unit:
         along = jnp.sum(grads.decoder * params.decoder, axis=1, keepdims=True)
         grads = grads.replace(decoder=grads.decoder - along * params.decoder)
+    if architecture.clipping == "norm":
+        grads, _ = optax.clip_by_global_norm(hyper.clip_norm).update(grads, optax.EmptyState())
     steps, state = ADAM.update(grads, state)
     params = jax.tree.map(lambda p, step: p - hyper.learning_rate * step, params, steps)
     if unit:

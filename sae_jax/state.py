@@ -9,12 +9,22 @@ from sae_jax.config import SAEConfig
 
 @struct.dataclass
 class Hyperparams:
-    """What may differ between the members of one compiled program; scalars."""
+    """What may differ between the members of one compiled program; scalars.
+
+    Fields are those of `SAEConfig`; `steps` is how long the member trains, for its schedule.
+    """
 
     learning_rate: jax.Array
+    lr_warmup: jax.Array
     l1_weight: jax.Array
+    l1_warmup: jax.Array
     k: jax.Array
+    k_aux: jax.Array
+    aux_weight: jax.Array
+    dead_steps: jax.Array
+    clip_norm: jax.Array
     seed: jax.Array
+    steps: jax.Array
 
 
 @struct.dataclass
@@ -54,20 +64,50 @@ class Metrics:
 
 
 @struct.dataclass
+class History(Metrics):
+    """An epoch's means, and the loss on the validation rows after it (NaN without any)."""
+
+    validation_loss: jax.Array
+
+
+@struct.dataclass
 class TrainState:
-    """One member in training. `active` turns False for good once its loss is not finite."""
+    """One member in training.
+
+    step: scalar; steps done. idle: [latents], steps since each latent last fired; None without an
+    auxiliary loss. diverged: scalar; the loss was not finite. active: scalar; False for good once
+    diverged, or without improvement for as long as the run's patience. best: None without patience.
+    """
 
     params: Params
     optimizer: jax.Array | tuple
+    step: jax.Array
+    idle: jax.Array | None
+    diverged: jax.Array
     active: jax.Array
+    best: "Best | None"
 
 
-def hyperparams(config: SAEConfig, dtype: jax.typing.DTypeLike) -> Hyperparams:
+@struct.dataclass
+class Best:
+    """The weights of the epoch of lowest monitored loss; scalars but for params."""
+
+    params: Params
+    loss: jax.Array
+    epoch: jax.Array
+
+
+def hyperparams(config: SAEConfig, dtype: jax.typing.DTypeLike, steps: int = 0) -> Hyperparams:
     """The traced half of a config; k is n_latents where the architecture has none."""
     dtype = jax.dtypes.canonicalize_dtype(dtype)  # float64 rows without x64 mode are float32
+    reals = ("learning_rate", "l1_weight", "aux_weight", "clip_norm")
+    integers = ("lr_warmup", "l1_warmup", "dead_steps")
+    k_aux = 512 if config.k_aux is None else config.k_aux
     return Hyperparams(
-        learning_rate=jnp.asarray(config.learning_rate, dtype),
-        l1_weight=jnp.asarray(config.l1_weight, dtype),
+        **{name: jnp.asarray(getattr(config, name), dtype) for name in reals},
+        **{name: jnp.asarray(getattr(config, name), jnp.int32) for name in integers},
         k=jnp.asarray(config.n_latents if config.k is None else config.k, jnp.int32),
+        k_aux=jnp.asarray(min(k_aux, config.n_latents), jnp.int32),
         seed=jnp.asarray(config.seed, jnp.uint32),
+        steps=jnp.asarray(steps, jnp.int32),
     )

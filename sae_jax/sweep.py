@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import sae_jax
 from sae_jax import data, distributed, ensemble, metrics, models, trainer
-from sae_jax.config import SAEConfig, preset_fields
+from sae_jax.config import SAEConfig, unused_fields
 from sae_jax.dictionary import Dictionary
 from sae_jax.errors import InputError
 from sae_jax.workdir import Member, Workdir, tables
@@ -33,11 +33,12 @@ class Run:
     Attributes:
       dictionaries: one per configuration, in the order given; None where training diverged.
       results: a pandas DataFrame, one row per configuration in the same order: every field of the
-        config, `status` (trained or diverged), `epochs`, `train_loss` (mean of the last epoch), and
-        each metric of `sae_jax.metrics.evaluate` with prefix `train_` and, where validation rows
-        were given, `validation_`. A diverged member's metrics are NaN.
-      history: a pandas DataFrame, one row per configuration and epoch: member, epoch, loss, mse,
-        l1, l0 (means over the epoch's batches, in the normalised space).
+        config, `status` (trained or diverged), `epochs` (trained), `best_epoch` (that of the
+        weights, from 0), `train_loss` (mean of the last epoch), and each metric of
+        `sae_jax.metrics.evaluate` with prefix `train_` and, where validation rows were given,
+        `validation_`. A diverged member's metrics are NaN.
+      history: a pandas DataFrame, one row per configuration and epoch: member, epoch; loss, mse,
+        l1, l0 (means over the epoch's batches, in the normalised space); validation_loss.
     """
 
     dictionaries: list[Dictionary | None]
@@ -56,10 +57,7 @@ def grid(preset: str, **axes: Any) -> list[SAEConfig]:
       >>> len(configs)
       8
     """
-    fixed, required = preset_fields(preset)
-    unused = {"k", "k_percent"} if fixed["activation"] == "relu" else {"l1_weight"}
-    if "k_percent" in required:
-        unused.add("k")
+    unused = unused_fields(preset)
     for name in sorted(unused & set(axes)):
         logging.info("preset %s has no use for %s: that axis is dropped", preset, name)
     used = {
@@ -82,6 +80,7 @@ def train(
     epochs: int,
     workdir: str | os.PathLike[str] | None = None,
     data_seed: int = 0,
+    patience: int | None = None,
     progress: bool = True,
     provenance: dict[str, Any] | None = None,
 ) -> Run:
@@ -95,6 +94,9 @@ def train(
       workdir: a folder to fill: configs.json, dictionaries/<member>/, results.parquet,
         history.parquet. Members already finished there by the same call are not trained again.
       data_seed: the order of rows depends on it and on the epoch alone.
+      patience: a member stops when so many epochs brought no lower loss (on the validation rows,
+        where there are any), and its best weights are kept; None: all train all epochs, and the
+        last weights are kept.
       progress: a bar on stderr.
       provenance: where the rows come from (file, key, model, layer, ...), in JSON's types; it
         travels with every dictionary.
@@ -104,18 +106,19 @@ def train(
         than a batch, or a workdir that holds other settings.
     """
     configs = list(configs)
-    rows, validation = _check(configs, train, validation, epochs, data_seed)
+    rows, validation = _check(configs, train, validation, epochs, data_seed, patience)
     epochs, data_seed = int(epochs), int(data_seed)
     settings = {
         "configs": [config.to_dict() for config in configs],
         "epochs": epochs,
         "data_seed": data_seed,
+        "patience": patience,
         "train": data.fingerprint(rows),
         "validation": None if validation is None else data.fingerprint(validation),
     }
     about = {
         **(provenance or {}),
-        **{name: settings[name] for name in ("epochs", "data_seed", "train")},
+        **{name: settings[name] for name in ("epochs", "data_seed", "patience", "train")},
         "versions": {module.__name__: module.__version__ for module in (sae_jax, jax, flax, optax)},
     }
     out = None if workdir is None else Workdir(Path(workdir), settings)
@@ -129,7 +132,7 @@ def train(
             positions = [todo[i] for i in chosen]
             bucket = [configs[position] for position in positions]
             bar.set_description(f"{bucket[0].name} {architecture.d_in} -> {architecture.n_latents}")
-            trained = _train_bucket(bucket, rows, validation, epochs, data_seed, about, bar)
+            trained = _train_bucket(bucket, rows, validation, about, bar)
             members |= dict(zip(positions, trained, strict=True))
             if out is not None:
                 out.write(members)
@@ -143,10 +146,13 @@ def _check(
     validation: np.ndarray | None,
     epochs: int,
     data_seed: int,
+    patience: int | None,
 ) -> tuple[np.ndarray, np.ndarray | None]:
     if not configs:
         raise InputError("no configurations to train")
-    for name, value, low in (("epochs", epochs, 1), ("data_seed", data_seed, 0)):
+    counts = [("epochs", epochs, 1), ("data_seed", data_seed, 0)]
+    counts += [] if patience is None else [("patience", patience, 1)]
+    for name, value, low in counts:
         if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < low:
             raise InputError(f"{name}={value!r} must be an integer of at least {low}")
     rows = data.check_rows(train, "train")
@@ -168,8 +174,6 @@ def _train_bucket(
     configs: list[SAEConfig],
     rows: np.ndarray,
     validation: np.ndarray | None,
-    epochs: int,
-    data_seed: int,
     provenance: dict[str, Any],
     bar: tqdm,
 ) -> list[Member]:
@@ -178,16 +182,24 @@ def _train_bucket(
     mesh = distributed.member_mesh(len(configs))
     normalizer = data.fit_normalizer(rows, architecture.input_normalization)
     inputs = models.normalize(jnp.asarray(rows), normalizer)
-    hyper = ensemble.stack_hyperparams(configs, mesh, inputs.dtype)
+    held_out = None
+    if validation is not None:
+        held_out = models.normalize(jnp.asarray(validation), normalizer)
+    epochs = provenance["epochs"]
+    steps = epochs * (len(rows) // architecture.batch_size)
+    hyper = ensemble.stack_hyperparams(configs, mesh, inputs.dtype, steps)
+    begun = bar.n
 
     def on_chunk(done: int, loss: float) -> None:
         bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
         bar.update(done * len(configs))
 
     trained = trainer.train_bucket(
-        hyper, inputs, architecture=architecture, mesh=mesh, epochs=epochs, data_seed=data_seed,
-        on_chunk=on_chunk,
+        hyper, inputs, architecture=architecture, mesh=mesh, epochs=epochs,
+        data_seed=provenance["data_seed"], on_chunk=on_chunk, validation=held_out,
+        patience=provenance["patience"],
     )  # fmt: skip
+    bar.update(begun + epochs * len(configs) - bar.n)  # all have stopped early, perhaps
     measured = {}
     for split, x in {"train": rows, "validation": validation}.items():
         if x is not None:
@@ -196,16 +208,18 @@ def _train_bucket(
             )
             measured |= {f"{split}_{name}": value for name, value in values.items()}
 
-    params, active = jax.device_get((trained.params, trained.active))
     members = []
     for i, config in enumerate(configs):
-        weights = jax.tree.map(lambda leaf, i=i: leaf[i].copy(), params)
-        history = jax.tree.map(lambda leaf, i=i: leaf[i], trained.history)
-        alive = bool(active[i]) and all(np.isfinite(w).all() for w in jax.tree.leaves(weights))
+        weights = jax.tree.map(lambda leaf, i=i: leaf[i].copy(), trained.params)
+        finite = all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(weights))
+        alive = finite and not trained.diverged[i]
+        done = int(np.count_nonzero(~np.isnan(trained.history.loss[i]))) or 1
+        history = jax.tree.map(lambda leaf, i=i, done=done: leaf[i, :done], trained.history)
         row = {
             **config.to_dict(),
             "status": "trained" if alive else "diverged",
-            "epochs": epochs,
+            "epochs": done,
+            "best_epoch": done - 1 if trained.best_epoch is None else int(trained.best_epoch[i]),
             "train_loss": float(history.loss[-1]),
             **{name: value[i].item() if alive else np.nan for name, value in measured.items()},
         }

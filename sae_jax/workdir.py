@@ -19,7 +19,7 @@ import numpy as np
 from sae_jax import files
 from sae_jax.dictionary import Dictionary
 from sae_jax.errors import InputError
-from sae_jax.state import Metrics
+from sae_jax.state import History
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,7 +31,7 @@ class Member:
 
     dictionary: Dictionary | None
     row: dict[str, Any]
-    history: Metrics
+    history: History
 
 
 class Workdir:
@@ -77,10 +77,10 @@ class Workdir:
             row["member"]: Member(
                 Dictionary.load(self.folder(row["member"])) if row["status"] == "trained" else None,
                 row,
-                Metrics(
+                History(
                     **{
                         field.name: history[row["member"]][field.name].to_numpy()
-                        for field in dataclasses.fields(Metrics)
+                        for field in dataclasses.fields(History)
                     }
                 ),
             )

@@ -99,14 +99,22 @@ ROWS = {
 }  # fmt: skip
 
 FLAGS = flags.FLAGS
-flags.DEFINE_list("rows", list(ROWS), f"Which of {', '.join(ROWS)}.")
-flags.DEFINE_integer("repeats", 5, "Rounds of ours and every peer.", lower_bound=1)
-flags.DEFINE_float("seconds", 1.0, "A peer trains for so long in each round.", lower_bound=0)
-flags.DEFINE_bool("quick", False, "Fewer epochs, rounds and seconds: rough figures of all rows.")
-flags.DEFINE_string("out", None, "JSON file to write.")
-flags.DEFINE_string("peer", None, "What this program starts itself with: serve measurements of it.")
-flags.DEFINE_string("row", None, "Of --peer: the row.")
-flags.DEFINE_string("problem", None, "Of --peer: .npz of data and weights, written by ours.")
+
+
+def define_flags() -> None:
+    """Defines the flags; `cli.launch` calls this."""
+    flags.DEFINE_list("rows", list(ROWS), f"Which of {', '.join(ROWS)}.")
+    flags.DEFINE_integer("repeats", 5, "Rounds of ours and every peer.", lower_bound=1)
+    flags.DEFINE_float("seconds", 1.0, "A peer trains for so long in each round.", lower_bound=0)
+    flags.DEFINE_bool(
+        "quick", False, "Fewer epochs, rounds and seconds: rough figures of all rows."
+    )
+    flags.DEFINE_string("out", None, "JSON file to write.")
+    flags.DEFINE_string(
+        "peer", None, "What this program starts itself with: serve measurements of it."
+    )
+    flags.DEFINE_string("row", None, "Of --peer: the row.")
+    flags.DEFINE_string("problem", None, "Of --peer: .npz of data and weights, written by ours.")
 
 
 def main() -> None:
@@ -472,8 +480,9 @@ PACKAGES = {"torch": "torch"}
 
 if __name__ == "__main__":
     if any(argument.startswith("--peer=") for argument in sys.argv):
+        define_flags()
         app.run(lambda _: serve())
     else:
         from experiments import cli
 
-        cli.launch(main)
+        cli.launch(main, define_flags)

@@ -73,7 +73,10 @@ def run(cells: anndata.AnnData, gmt: Path, tmp_path: Path) -> Callable[..., Path
             "h5ad": str(tmp_path / "cells.h5ad"), "expression_is": "counts", "label": "kind",
             "gene_sets": str(gmt), "workdir": str(tmp_path / "out"), **SMALL, **given,
         }  # fmt: skip
-        with flagsaver.flagsaver(**settings):
+        with flagsaver.flagsaver():  # which forgets the flags defined within
+            quickstart.define_flags()
+            for name, value in settings.items():
+                setattr(flags.FLAGS, name, value)
             quickstart.main()
         return tmp_path / "out"
 

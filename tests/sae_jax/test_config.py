@@ -20,9 +20,15 @@ STATIC = {
     "init": "tied",
     "reduction": "mean",
     "input_normalization": "zscore",
+    "auxiliary": "auxk",
+    "schedule": "cosine",
+    "clipping": "norm",
     "batch_size": 64,
 }
-TRACED = {"learning_rate": 0.5, "l1_weight": 0.5, "k": 7, "seed": 3, "name": "other"}
+TRACED = {
+    "learning_rate": 0.5, "lr_warmup": 3, "l1_weight": 0.5, "l1_warmup": 4, "k": 7, "k_aux": 5,
+    "aux_weight": 0.1, "dead_steps": 9, "clip_norm": 2.0, "seed": 3, "name": "other",
+}  # fmt: skip
 
 
 def config(**fields: Any) -> SAEConfig:
@@ -62,7 +68,8 @@ def test_k_percent_is_truncated_and_at_least_one(n_latents: int, percent: float)
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_any_field_may_be_given_beside_a_preset(preset: str) -> None:
-    needed = {"k_percent": 10} if preset == "topk_schuster" else {"l1_weight": 0.1}
+    values = {"k_percent": 10, "k": 2, "l1_weight": 0.1}
+    needed = {name: values[name] for name in preset_fields(preset)[1]}
     made = SAEConfig.preset(preset, **SIZE, **needed, seed=9, decoder_norm="unit", batch_size=7)
     assert (made.seed, made.decoder_norm, made.batch_size) == (9, "unit", 7)
 
@@ -169,10 +176,11 @@ def test_architecture_holds_the_static_fields_and_no_others() -> None:
     assert {field.name for field in dataclasses.fields(base.architecture)} == set(STATIC)
     assert type(base.architecture) is Architecture
     for field, value in TRACED.items():
-        other = dataclasses.replace(base, **{field: value})
-        assert other != base
-        assert other.architecture == base.architecture
-        assert hash(other.architecture) == hash(base.architecture)
+        with_aux = dataclasses.replace(base, auxiliary="auxk")
+        other = dataclasses.replace(with_aux, **{field: value})
+        assert other != with_aux
+        assert other.architecture == with_aux.architecture
+        assert hash(other.architecture) == hash(with_aux.architecture)
     for field, value in STATIC.items():
         changes = {"activation": "relu", "k": None} if field == "activation" else {field: value}
         other = dataclasses.replace(base, **changes)

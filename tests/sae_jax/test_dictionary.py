@@ -12,7 +12,7 @@ from scipy import sparse
 
 import sae_jax
 from sae_jax import Dictionary, InputError, SAEConfig, dictionary
-from sae_jax.config import CHOICES, PRESETS
+from sae_jax.config import CHOICES, PRESETS, preset_fields
 from sae_jax.state import Normalizer, Params
 
 D, N = 6, 17
@@ -21,7 +21,8 @@ X = (np.random.default_rng(1).normal(size=(1500, D)) * 3 + 2).astype(np.float32)
 
 def build(dtype: type = np.float32, preset: str = "vanilla", **fields: Any) -> Dictionary:
     """Random weights: what is saved and loaded need not be trained."""
-    needed = {"k_percent": 20} if preset == "topk_schuster" else {"l1_weight": 0.01}
+    values = {"k_percent": 20, "k": 3, "l1_weight": 0.01}
+    needed = {name: values[name] for name in preset_fields(preset)[1]}
     config = SAEConfig.preset(preset, d_in=D, n_latents=N, **needed, **fields)
     rng = np.random.default_rng(0)
 
@@ -51,6 +52,8 @@ VARIANTS = [
     {"preset": preset, "input_normalization": normalization, **extra}
     for preset, normalization in itertools.product(PRESETS, CHOICES["input_normalization"])
     for extra in ({}, {"decoder_bias": "none"}, {"pre_bias": "tied"}, {"decoder_norm": "unit"})
+    if {"pre_bias": "none", **PRESETS[preset][0], **extra}["pre_bias"] != "tied"
+    or {"decoder_bias": "free", **PRESETS[preset][0], **extra}["decoder_bias"] != "none"
 ]
 
 
@@ -137,7 +140,8 @@ def test_disk_layout_is_the_one_that_saelens_reads(tmp_path: Path) -> None:
         assert_same_bits(tensors[name], value)
     cfg = json.loads((tmp_path / "d/cfg.json").read_text())
     assert cfg == {
-        "format": "sae_jax.Dictionary", "format_version": 1, "d_in": D, "d_sae": N,
+        "format": "sae_jax.Dictionary", "architecture": "sae_jax", "format_version": 1,
+        "d_in": D, "d_sae": N,
         "dtype": "float32", "config": made.config.to_dict(), "provenance": made.provenance,
     }  # fmt: skip
 

@@ -78,7 +78,7 @@ def test_alone_equals_in_company_bit_for_bit(kind: str, devices: int) -> None:
         assert_same_bits(member(together, i), member(train([config]), 0))
     weights = [member(together, i).params.encoder.tobytes() for i in range(len(configs))]
     assert len(set(weights)) == len(configs)
-    assert together.active.all()
+    assert not together.diverged.any()
 
 
 @everywhere
@@ -100,7 +100,7 @@ def test_a_diverging_member_is_frozen_and_the_others_do_not_notice(
     wild = list(configs)
     wild[position] = dataclasses.replace(wild[position], learning_rate=1e15)
     trained = train(wild, cpus(devices))
-    assert trained.active.tolist() == [i != position for i in range(5)]
+    assert trained.diverged.tolist() == [i == position for i in range(5)]
     for i in range(5):
         if i != position:
             assert_same_bits(member(trained, i), member(calm, i))
@@ -111,7 +111,7 @@ def test_a_diverging_member_is_frozen_and_the_others_do_not_notice(
 
 def test_all_members_may_diverge() -> None:
     configs = [dataclasses.replace(c, learning_rate=1e15) for c in MEMBERS["relu"]]
-    assert not train(configs).active.any()
+    assert train(configs).diverged.all()
 
 
 @pytest.mark.filterwarnings("error")
@@ -154,18 +154,18 @@ def test_vmap_equals_lax_map_in_float64(
             patch.setattr(jax, "shard_map", lambda function, **_: function)
             patch.setattr(jax.lax, "map", None)
             vectorised = train(configs, ACCELERATOR, rows)
-    assert mapped.active.tolist() == [not (with_diverged and i == 1) for i in range(5)]
-    np.testing.assert_array_equal(vectorised.active, mapped.active)
+    assert mapped.diverged.tolist() == [with_diverged and i == 1 for i in range(5)]
+    np.testing.assert_array_equal(vectorised.diverged, mapped.diverged)
     for name, value in vars(mapped.params).items():
         if value is not None:
             assert value.dtype == np.float64
-            alive = mapped.active
+            alive = ~mapped.diverged
             found = getattr(vectorised.params, name)[alive]
             np.testing.assert_allclose(found, value[alive], rtol=0, atol=1e-9)
     np.testing.assert_allclose(
-        vectorised.history.loss[mapped.active], mapped.history.loss[mapped.active], rtol=1e-9
+        vectorised.history.loss[~mapped.diverged], mapped.history.loss[~mapped.diverged], rtol=1e-9
     )
-    assert np.isnan(vectorised.history.loss[~mapped.active, 1:]).all()
+    assert np.isnan(vectorised.history.loss[mapped.diverged, 1:]).all()
 
 
 def test_buckets_gather_equal_architectures_in_order_of_appearance() -> None:

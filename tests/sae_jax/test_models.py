@@ -22,9 +22,8 @@ def init(seed: int, dtype: type = np.float32, **fields: Any) -> Params:
 
 
 def hyper(k: int = 1) -> Hyperparams:
-    return Hyperparams(
-        learning_rate=jnp.float32(1), l1_weight=jnp.float32(0), k=jnp.int32(k), seed=jnp.uint32(0)
-    )
+    config = SAEConfig(d_in=37, n_latents=300, activation="topk", k=k)
+    return hyperparams(config, jnp.float32)
 
 
 def test_shapes_are_rows_times_matrices() -> None:

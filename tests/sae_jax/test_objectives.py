@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sae_jax import objectives
+from sae_jax import SAEConfig, objectives
 from sae_jax.config import Architecture
-from sae_jax.state import Hyperparams, Metrics, Params
+from sae_jax.state import Metrics, Params, hyperparams
 
 TINY = Architecture(d_in=2, n_latents=3)
 X = np.asarray([[1, 2], [3, 0]], np.float32)
@@ -26,15 +26,12 @@ PARAMS = Params(
 def loss(
     l1_weight: float, reduction: str, params: Params = PARAMS, x: np.ndarray = X
 ) -> tuple[jax.Array, Metrics]:
-    hyper = Hyperparams(
-        learning_rate=jnp.float32(0),
-        l1_weight=jnp.float32(l1_weight),
-        k=jnp.int32(3),
-        seed=jnp.uint32(0),
-    )
+    config = SAEConfig(d_in=2, n_latents=3, l1_weight=l1_weight)
+    hyper = hyperparams(config, jnp.float32)
     params = jax.tree.map(jnp.asarray, params)
     architecture = dataclasses.replace(TINY, reduction=reduction)
-    return objectives.loss(params, hyper, jnp.asarray(x), architecture)
+    value, (metrics, _) = objectives.loss(params, hyper, jnp.asarray(x), architecture)
+    return value, metrics
 
 
 @pytest.mark.parametrize(

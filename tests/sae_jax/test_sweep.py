@@ -150,7 +150,8 @@ def test_rows_of_results_are_in_the_order_given_across_buckets(plain: Run) -> No
 def test_every_field_and_metric_is_a_column(plain: Run) -> None:
     expected = [
         "member", *(f.name for f in dataclasses.fields(SAEConfig)), "status", "epochs",
-        "train_loss", *(f"{split}_{m}" for split in ("train", "validation") for m in METRICS),
+        "best_epoch", "train_loss",
+        *(f"{split}_{m}" for split in ("train", "validation") for m in METRICS),
     ]  # fmt: skip
     assert sorted(plain.results.columns) == sorted(expected)
     columns = [f"{split}_{m}" for split in ("train", "validation") for m in METRICS]
@@ -174,10 +175,18 @@ def test_metrics_are_of_the_dictionaries_and_rows(plain: Run) -> None:
 
 def test_history_has_a_row_per_member_and_epoch(plain: Run) -> None:
     history = plain.history
-    assert list(history.columns) == ["member", "epoch", "loss", "mse", "l1", "l0"]
-    pairs = list(itertools.product(range(5), range(3)))
+    assert list(history.columns) == [
+        "member",
+        "epoch",
+        "loss",
+        "mse",
+        "l1",
+        "l0",
+        "validation_loss",
+    ]
+    pairs = [(i, epoch) for i in range(5) for epoch in range(1 if i == 2 else 3)]
     assert list(zip(history["member"], history["epoch"], strict=True)) == pairs
-    last = history.query("epoch == 2")["loss"].to_numpy()
+    last = history.groupby("member").tail(1)["loss"].to_numpy()
     np.testing.assert_array_equal(last, plain.results["train_loss"].to_numpy())
     assert history.query("member != 2")["loss"].notna().all()
 
@@ -209,7 +218,9 @@ def test_a_sweep_on_one_device_equals_one_on_two(
 def test_validation_rows_change_no_training(plain: Run) -> None:
     without = train(validation=None)
     assert not [c for c in without.results if c.startswith("validation")]
-    pd.testing.assert_frame_equal(without.history, plain.history)
+    assert without.history["validation_loss"].isna().all()
+    rest = [column for column in plain.history if column != "validation_loss"]
+    pd.testing.assert_frame_equal(without.history[rest], plain.history[rest])
     columns = list(without.results.columns)
     pd.testing.assert_frame_equal(without.results, plain.results[columns])
 

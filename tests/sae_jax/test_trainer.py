@@ -150,14 +150,34 @@ def test_every_member_counts_its_own_steps_and_a_frozen_one_stops() -> None:
     states = trainer.init_bucket(hyper, architecture=architecture, mesh=mesh, dtype=jnp.float32)
     assert states.optimizer.count.tolist() == [0, 0, 0]
     states, metrics = trainer.train_chunk(
-        states, hyper, jnp.asarray(ROWS), 0, 0, 4, architecture=architecture, mesh=mesh, size=7
+        states,
+        hyper,
+        jnp.asarray(ROWS),
+        None,
+        0,
+        0,
+        4,
+        0,
+        architecture=architecture,
+        mesh=mesh,
+        size=7,
     )
     assert states.optimizer.count.tolist() == [20, 20, 5]
     assert states.active.tolist() == [True, True, False]
     assert np.isfinite(metrics.loss[:2, :4]).all()
     frozen = jax.tree.map(lambda leaf: np.asarray(leaf)[2], states.params)
     states, _ = trainer.train_chunk(
-        states, hyper, jnp.asarray(ROWS), 0, 4, 7, architecture=architecture, mesh=mesh, size=7
+        states,
+        hyper,
+        jnp.asarray(ROWS),
+        None,
+        0,
+        4,
+        7,
+        0,
+        architecture=architecture,
+        mesh=mesh,
+        size=7,
     )
     assert states.optimizer.count.tolist() == [55, 55, 5]
     assert_same_bits(jax.tree.map(lambda leaf: np.asarray(leaf)[2], states.params), frozen)
