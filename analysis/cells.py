@@ -45,7 +45,7 @@ def read(path: str | Path) -> anndata.AnnData:
         with warnings.catch_warnings():  # of old layouts, which anndata reads all the same
             warnings.simplefilter("ignore", FutureWarning)
             adata = anndata.read_h5ad(path)
-    except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise InputError(f"{path} cannot be read as an h5ad file: {_first_line(error)}") from error
     if 0 in adata.shape:
         raise InputError(f"{path} holds {adata.n_obs} cells and {adata.n_vars} genes")
@@ -72,7 +72,7 @@ def expression(
         repeat and no `symbols`.
     """
     x, var = _source(adata, source)
-    x = sparse.csr_matrix(x)
+    x = _csr(x, source)
     _check_values(x.data, source, kind)
     if kind == "counts":
         totals = np.asarray(x.sum(axis=1, dtype=np.float64)).ravel()
@@ -132,7 +132,7 @@ def labels(adata: anndata.AnnData, column: str) -> pd.Series:
         raise InputError(f"obs has no column {column!r}; it has {_listing(adata.obs.columns)}")
     values = adata.obs[column]
     if pd.api.types.is_float_dtype(values):  # integers with gaps, or not labels at all
-        if (values.dropna() % 1).any():
+        if not np.isfinite(values.dropna()).all() or (values.dropna() % 1).any():
             raise InputError(f"obs[{column!r}] holds numbers, not labels of cells")
         values = values.astype("Int64")
     values = values.astype(str).where(values.notna()).astype("category")
@@ -170,6 +170,20 @@ def _source(
             f"there is no layer {source!r}; there are X, raw and {_listing(adata.layers)}"
         )
     return adata.layers[source], adata.var
+
+
+def _csr(x: sparse.spmatrix | np.ndarray, source: str) -> sparse.csr_matrix:
+    """CSR of real numbers; refuses indices that point outside, which SciPy would follow."""
+    if x.dtype.kind not in "biuf":
+        raise InputError(f"{source} holds {x.dtype} values; expression is made of real numbers")
+    if x.dtype == np.float16:
+        x = x.astype(np.float32)
+    try:
+        if sparse.issparse(x):
+            x.check_format(full_check=True)
+        return sparse.csr_matrix(x)
+    except ValueError as error:
+        raise InputError(f"{source} is damaged: {error}") from None
 
 
 def _check_values(values: np.ndarray, source: str, kind: str) -> None:

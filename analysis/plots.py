@@ -20,6 +20,12 @@ PRESET_STYLE = ("o", "s", "^", "D", "v", "P")
 GREY = "#d5d5d5"
 
 
+def plain(text: object, most: int = 60) -> str:
+    """Text for a figure: not read as a formula, and cut where it is very long."""
+    text = str(text)
+    return (text if len(text) <= most else text[: most - 1] + "…").replace("$", r"\$")
+
+
 def save(figure: Figure, folder: Path, name: str) -> Path:
     """Write `name`.png (150 dpi) and `name`.pdf; returns the PNG's path."""
     for suffix in (".pdf", ".png"):
@@ -56,7 +62,7 @@ def frontier(
     ):
         axes.scatter(
             share[rows.index], r2[rows.index].clip(lower=floor), marker=marker, s=36, alpha=0.75,
-            label=name,
+            label=plain(name),
         )  # fmt: skip
     if chosen is not None:
         axes.scatter(share[chosen], r2[chosen], s=170, facecolors="none", edgecolors="black",
@@ -82,8 +88,8 @@ def label_heatmap(auroc: pd.DataFrame, titles: Sequence[str]) -> Figure:
     figure = Figure(figsize=(2.6 + 0.62 * columns, 2.4 + 0.34 * rows), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(auroc, cmap="RdBu_r", vmin=0, vmax=1, aspect="auto")
-    axes.set_yticks(range(rows), auroc.index, fontsize=8)
-    axes.set_xticks(range(columns), titles, rotation=40, ha="right", fontsize=7,
+    axes.set_yticks(range(rows), [plain(name) for name in auroc.index], fontsize=8)
+    axes.set_xticks(range(columns), [plain(t) for t in titles], rotation=40, ha="right", fontsize=7,
                     rotation_mode="anchor")  # fmt: skip
     for (row, column), value in np.ndenumerate(auroc.to_numpy()):
         axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=6.5,
@@ -120,7 +126,7 @@ def cells_by_feature(
         panel.scatter(*coordinates[values == 0].T, s=size, c=GREY, linewidths=0, rasterized=True)
         dots = panel.scatter(*coordinates[active].T, s=size, c=values[active], cmap="YlGnBu",
                              linewidths=0, rasterized=True)  # fmt: skip
-        panel.set_title(title, fontsize=8)
+        panel.set_title(plain(title), fontsize=8)
         figure.colorbar(dots, ax=panel, shrink=0.55, pad=0.01).ax.tick_params(labelsize=6)
     figure.supxlabel(f"{axis_name} 1", fontsize=8)
     figure.supylabel(f"{axis_name} 2", fontsize=8)
@@ -148,9 +154,9 @@ def _label_panel(axes: Axes, xy: np.ndarray, labels: pd.Series, size: float) -> 
     for code, name in enumerate(labels.cat.categories):
         axes.scatter(
             *xy[codes == code].T, s=size, color=palette[2 * code % 20 + code // 10 % 2],
-            linewidths=0, rasterized=True, label=name,
+            linewidths=0, rasterized=True, label=plain(name),
         )  # fmt: skip
-    axes.set_title(str(labels.name), fontsize=8)
+    axes.set_title(plain(labels.name), fontsize=8)
     if len(labels.cat.categories) <= len(palette):
         axes.legend(
             fontsize=5.5, frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, 0.0),

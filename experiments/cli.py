@@ -4,6 +4,7 @@ A program is a module with `main()` and `define_flags()`. Flags are not defined 
 imported: absl has one set of them a process, where two programs cannot both define --workdir.
 """
 
+import errno
 import importlib
 import logging as python_logging
 import sys
@@ -63,6 +64,12 @@ def launch(
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            where = error.filename or "the workdir"
+            print(f"error: {where}: {error.strerror}; make room and --resume", file=sys.stderr)
+            sys.exit(1)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             sys.exit(130)

@@ -46,10 +46,11 @@ L1_WEIGHTS = [0.5, 0.75, 1.0, 1.5, 2.0]
 K_PERCENTS = [1, 2, 5, 10]
 VALIDATION_SHARE = 0.1
 AUROC_MARGIN = 0.01
+SEEDS = 2**31 - 2
 NULL_FEATURES = 500  # features, drawn at random, that the nulls are run on
 SETTINGS = "quickstart.json"  # written first: it tells a folder of ours from anybody's
 OUTPUTS = (
-    SETTINGS, "configs.json", "results.parquet", "history.parquet", "dictionaries", "choice.json",
+    "configs.json", "results.parquet", "history.parquet", "dictionaries", "choice.json",
     "features.h5ad", "enrichment.parquet", "labels.csv", "figures", "report.html",
 )  # fmt: skip
 
@@ -95,9 +96,11 @@ def define_flags() -> None:
         "n_latents", None, "Latents; default: ten times the embedding's dimensions.", lower_bound=1
     )
     flags.DEFINE_integer("batch_size", 128, "Cells a step.", lower_bound=1)
-    flags.DEFINE_integer("steps", 4000, "Steps of each configuration, at least.", 1)
+    flags.DEFINE_integer("steps", 3000, "Steps of each configuration, at least.", 1)
     flags.DEFINE_integer("seeds", 2, "Initialisations of each setting.", lower_bound=1)
-    flags.DEFINE_integer("seed", 0, "Of the splits of the cells and of the order of training.", 0)
+    flags.DEFINE_integer(
+        "seed", 0, "Of the splits of the cells and of the order of training.", 0, SEEDS
+    )
     flags.DEFINE_float(
         "max_l0_percent", 10.0, "Most active latents a cell, of all latents.", 0, 100
     )
@@ -111,6 +114,7 @@ def main() -> None:
     out = check_workdir()
     inputs = read_inputs()
     train, validation = split_cells(len(inputs.embedding))
+    halves = label_halves(inputs)
     configs = sweep_configs(inputs.embedding.shape[1])
     claim(out, inputs.settings)
 
@@ -129,7 +133,6 @@ def main() -> None:
         },
     )
     logging.info("trained %d configurations in %.0f s", len(configs), time.perf_counter() - began)
-    halves = data.split(len(inputs.embedding), 0.5, FLAGS.seed + 1)
     member, reason = choose(run, inputs, halves[0])
     logging.info("chosen: member %d, %s", member, reason)
     folder = f"dictionaries/{member:04d}"
@@ -192,13 +195,17 @@ def main() -> None:
 
 def check_workdir() -> Path:
     """The folder to fill. Refuses one that is in use, unless told to replace or continue it."""
+    for name in ("max_l0_percent", "min_r2", "high_percentile"):
+        if not math.isfinite(FLAGS[name].value):
+            raise InputError(f"--{name}={FLAGS[name].value} must be a finite number")
     if not FLAGS.workdir:
         raise InputError("--workdir is needed: the folder to fill")
     if FLAGS.overwrite and FLAGS.resume:
         raise InputError("--overwrite and --resume exclude each other")
     out = Path(FLAGS.workdir)
     workdir.check_writable(out)
-    if out.is_dir() and any(out.iterdir()):
+    begun = out.is_dir() and any(not path.name.startswith(files.ASIDE) for path in out.iterdir())
+    if begun:
         if not (out / SETTINGS).is_file():
             raise InputError(f"{out} holds other files; choose an empty or a new folder")
         if not (FLAGS.overwrite or FLAGS.resume):
@@ -265,6 +272,18 @@ def split_cells(count: int) -> tuple[np.ndarray, np.ndarray]:
     return train, validation
 
 
+def label_halves(inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
+    """Cells that choose, and cells that measure; both need two labels, if labels are looked at."""
+    halves = data.split(len(inputs.embedding), 0.5, FLAGS.seed + 1)
+    for half in halves:
+        if inputs.labels is not None and inputs.labels.iloc[half].nunique() < 2:
+            raise InputError(
+                f"obs[{inputs.labels.name!r}] has one label only in a random half of the cells: "
+                "too few cells carry the others to measure anything (leave --label out)"
+            )
+    return halves
+
+
 def sweep_configs(d_in: int) -> list[sae_jax.SAEConfig]:
     """The configurations, on embeddings scaled by one factor so that penalties carry over."""
     shared = {
@@ -285,18 +304,22 @@ def sweep_configs(d_in: int) -> list[sae_jax.SAEConfig]:
 def claim(out: Path, settings: dict[str, Any]) -> None:
     """Make the folder ours: clear what --overwrite replaces, and note the settings."""
     if FLAGS.resume and (out / SETTINGS).exists():
-        earlier = json.loads((out / SETTINGS).read_text())
+        try:
+            earlier = dict(json.loads((out / SETTINGS).read_text()))
+        except (ValueError, TypeError) as error:
+            raise InputError(f"{out / SETTINGS} is damaged: {error}; use --overwrite") from None
         ignored = dict.fromkeys(("workdir", "overwrite", "resume"))
         differences = workdir.difference(earlier | ignored, settings | ignored)
         if differences:
             raise InputError(f"{out} holds a run of other settings:\n  {differences}")
+    files.remove_leftovers(out)
+    files.write_json(out / SETTINGS, settings)
     if FLAGS.overwrite:
         for path in (out / name for name in OUTPUTS):
-            if path.is_dir():
+            if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
-    files.write_json(out / SETTINGS, settings)
 
 
 def choose(run: sae_jax.Run, inputs: Inputs, half: np.ndarray) -> tuple[int, str]:

@@ -77,6 +77,9 @@ def define_flags() -> None:
     flags.DEFINE_bool("overwrite", False, "Replace what an earlier run left in --workdir.")
     flags.DEFINE_bool("dry_run", False, "Show what would be trained, and stop.")
     flags.DEFINE_integer("epochs", 100, "Passes over the rows.", lower_bound=1)
+    flags.DEFINE_integer(
+        "patience", None, "Epochs without a lower loss after which one stops.", lower_bound=1
+    )
     flags.DEFINE_float("validation", 0.1, "Share of rows held out; 0: none.", 0, 1)
     flags.DEFINE_integer("data_seed", 0, "Of the rows held out and of the order of training.", 0)
     flags.DEFINE_integer("num_shards", 1, "Jobs that the grid is split between.", lower_bound=1)
@@ -127,6 +130,7 @@ def main() -> None:
             epochs=FLAGS.epochs,
             workdir=out,
             data_seed=FLAGS.data_seed,
+            patience=FLAGS.patience,
             provenance={"data": FLAGS.data, "validation_share": FLAGS.validation},
         )
     except InputError:

@@ -90,6 +90,7 @@ PRESETS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 
 
 # Ranges of the numeric fields: the least integer; whether a real must be above 0 or may be 0.
+MOST = 2**31 - 1  # of what XLA counts in 32 bits
 INTEGERS = {
     "d_in": 1, "n_latents": 1, "batch_size": 1, "lr_warmup": 0, "l1_warmup": 0, "dead_steps": 1,
 }  # fmt: skip
@@ -274,6 +275,8 @@ def preset_fields(preset: str) -> tuple[dict[str, Any], tuple[str, ...]]:
 
 def _check_integer(field: str, value: Any, *, low: int, high: int | None = None) -> None:
     integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not integer or value < low or (high is not None and value > high):
-        bounds = f"at least {low}" if high is None else f"in {low} .. {high}"
+    most = MOST if high is None else high
+    if not integer or value < low or value > most:
+        bounds = f"in {low} .. {most}" if integer and value > low else f"at least {low}"
+        bounds = bounds if high is None else f"in {low} .. {high}"
         raise InputError(f"{field}={value!r} must be an integer {bounds}")

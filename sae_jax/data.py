@@ -101,10 +101,14 @@ def load(source: str) -> np.ndarray:
         root = _open_store(path)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error}") from error
-    node = root.get(inside or "X")
+    inside = inside or "X"
+    there = {name: root[name] for name in ("X",) if name in root}
+    obsm = root.get("obsm", {})
+    names = getattr(getattr(obsm, "dtype", None), "names", None)  # one table, before anndata 0.7
+    there |= {f"obsm/{key}": obsm[key] for key in (names or obsm)}
+    node = there[inside] if inside in there else root.get(inside)
     if node is None:
-        there = [f"obsm/{key}" for key in root["obsm"]] if "obsm" in root else []
-        raise InputError(f"{path} has no {inside or 'X'!r}; there are X, {', '.join(there)}")
+        raise InputError(f"{path} has no {inside!r}; there are {', '.join(there) or 'none'}")
     return check_rows(_dense(node), source)
 
 
@@ -123,11 +127,18 @@ def _open_store(path: str) -> Any:
 
 def _dense(node: Any) -> np.ndarray:
     """An array node, or a sparse matrix in anndata's encoding, as a NumPy array."""
+    if isinstance(node, np.ndarray):
+        return node
     encoding = str(node.attrs.get("encoding-type", ""))
     if encoding in ("csr_matrix", "csc_matrix"):
         make = scipy.sparse.csr_matrix if encoding == "csr_matrix" else scipy.sparse.csc_matrix
         parts = tuple(np.asarray(node[name]) for name in ("data", "indices", "indptr"))
-        return make(parts, shape=tuple(node.attrs["shape"])).toarray()
+        try:
+            matrix = make(parts, shape=tuple(node.attrs["shape"]))
+            matrix.check_format(full_check=True)  # SciPy would follow a wild index out of memory
+        except (ValueError, KeyError) as error:
+            raise InputError(f"{node.name} is damaged: {error}") from None
+        return matrix.toarray()
     if not hasattr(node, "shape"):
         raise InputError(f"{node.name} is {encoding or 'a group'}, not a matrix")
     return np.asarray(node)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -31,7 +32,9 @@ _TENSORS = {
     "decoder_bias": "b_dec",
     "pre_bias": "b_pre",
 }
-_CFG_TYPES = {"format_version": int, "dtype": str, "config": dict, "provenance": dict}
+_CFG_TYPES = {
+    "format_version": int, "dtype": str, "config": dict, "provenance": dict, "weights_sha256": str,
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -239,9 +242,10 @@ class Dictionary:
         }
         with files.write_aside(path) as folder:
             folder.mkdir()
+            safetensors.numpy.save_file(tensors, folder / "sae_weights.safetensors")
+            cfg["weights_sha256"] = _sha256(folder / "sae_weights.safetensors")
             text = json.dumps(cfg, indent=1, allow_nan=False)
             (folder / "cfg.json").write_text(text + "\n")
-            safetensors.numpy.save_file(tensors, folder / "sae_weights.safetensors")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
@@ -258,7 +262,7 @@ class Dictionary:
         try:
             cfg = json.loads((path / "cfg.json").read_text())
             tensors = safetensors.numpy.load_file(path / "sae_weights.safetensors")
-        except (json.JSONDecodeError, UnicodeDecodeError, safetensors.SafetensorError) as error:
+        except (ValueError, RecursionError, safetensors.SafetensorError) as error:
             raise InputError(f"{path} holds a damaged dictionary: {error}") from None
         if not isinstance(cfg, dict) or cfg.get("format") != "sae_jax.Dictionary":
             raise InputError(f"{path / 'cfg.json'} was not written by sae_jax")
@@ -270,6 +274,8 @@ class Dictionary:
                 f"{path} has format version {cfg['format_version']}, this sae_jax reads up to "
                 f"{FORMAT_VERSION}: update it"
             )
+        if cfg["weights_sha256"] != _sha256(path / "sae_weights.safetensors"):
+            raise InputError(f"{path / 'sae_weights.safetensors'} is not what was saved: damaged?")
         config = SAEConfig.from_dict(cfg["config"])
         _check_tensors(tensors, config, cfg["dtype"], path)
         normalizer = None
@@ -351,6 +357,11 @@ def _check_values(name: str, given: Any, features: int) -> np.ndarray:
     if not np.isfinite(values).all():
         raise InputError(f"{name}={given!r} holds NaN or infinite values")
     return np.broadcast_to(values, (1, features))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _check_tensors(

@@ -18,6 +18,15 @@ def use_all_cpu_cores() -> None:
     jax.config.update("jax_num_cpu_devices", len(allowed))
 
 
+def memory() -> int:
+    """Bytes that the local devices have together; of CPU devices, half of the machine's."""
+    device = jax.local_devices()[0]
+    if device.platform == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    limit = (device.memory_stats() or {}).get("bytes_limit", 2**33)
+    return limit * len(jax.local_devices())
+
+
 def member_mesh(members: int) -> Mesh:
     """The local devices in one axis named `member`; never more of them than members."""
     devices = jax.local_devices()[: max(1, members)]

@@ -18,6 +18,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sae_jax.config import Architecture, SAEConfig
+from sae_jax.errors import InputError
 from sae_jax.state import Hyperparams, hyperparams
 
 
@@ -27,6 +28,28 @@ def buckets(configs: Sequence[SAEConfig]) -> dict[Architecture, list[int]]:
     for position, config in enumerate(configs):
         positions.setdefault(config.architecture, []).append(position)
     return positions
+
+
+def member_bytes(architecture: Architecture, itemsize: int) -> int:
+    """About what ONE member takes while it trains: weights, two moments, gradient, a copy on the
+    host, and the best weights; and a batch of pre-activations, codes and their gradients."""
+    weights = (2 * architecture.d_in + 1) * architecture.n_latents
+    return itemsize * (6 * weights + 4 * architecture.batch_size * architecture.n_latents)
+
+
+def split_to_fit(positions: Sequence[int], each: int, memory: int) -> list[list[int]]:
+    """Positions in as few equal parts as fit `memory` bytes at `each` bytes a member.
+
+    Raises:
+      InputError: not even one member fits.
+    """
+    if each > memory:
+        raise InputError(
+            f"a dictionary of this size takes about {each / 2**30:.1f} GiB to train, and there are "
+            f"{memory / 2**30:.1f}: fewer latents, or a smaller batch"
+        )
+    parts = -(-len(positions) // (memory // each))
+    return [list(part) for part in np.array_split(np.asarray(positions), parts)]
 
 
 def stack_hyperparams(

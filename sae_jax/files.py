@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+ASIDE = ".writing-"  # begins the name of what is not finished
+
+
 @contextlib.contextmanager
 def write_aside(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a path to write a file or a folder at; on success it takes the place of `path`.
@@ -22,7 +25,7 @@ def write_aside(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    aside = Path(tempfile.mkdtemp(prefix=f"{ASIDE}{path.name}.", dir=path.parent))
     try:
         fresh = aside / path.name
         yield fresh
@@ -39,6 +42,15 @@ def write_aside(path: str | os.PathLike[str]) -> Iterator[Path]:
         _flush(path.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def remove_leftovers(folder: str | os.PathLike[str]) -> None:
+    """Delete what `write_aside` had begun in a folder, and below it, when its process was killed.
+
+    Only for folders that no other process writes to.
+    """
+    for leftover in Path(folder).rglob(f"{ASIDE}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:

@@ -21,8 +21,9 @@ BATCH = 1024
 
 @struct.dataclass
 class Sums:
-    """Of ONE dictionary over batches: squared_error [batches] in the rows' own units, absolute
-    [batches] = sum of z, active [latents] = rows in which a latent fires."""
+    """Of ONE dictionary over batches: squared_error [batches] in units of the normalizer's largest
+    scale, so that float32 neither overflows nor vanishes whatever the rows' own; absolute [batches]
+    = sum of z; active [latents] = rows in which a latent fires."""
 
     squared_error: jax.Array
     absolute: jax.Array
@@ -41,11 +42,14 @@ def sums(
 
     def batch(active: jax.Array, pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, tuple]:
         x, counted = pair
-        z = models.encode(params, hyper, models.normalize(x, normalizer), architecture)
+        x = models.normalize(x, normalizer)
+        z = models.encode(params, hyper, x, architecture)
         z = jnp.where(counted[:, None], z, 0)
-        error = models.denormalize(models.decode(params, z), normalizer) - x
+        error = models.decode(params, z) - x
         error = jnp.where(counted[:, None], error, 0)
         active = active + jnp.sum(z > 0, axis=0, dtype=jnp.int32)
+        if normalizer is not None:
+            error = error * (normalizer.scale / jnp.max(normalizer.scale))[None, :]
         return active, (jnp.sum(error**2), jnp.sum(z))
 
     nothing = jnp.zeros(architecture.n_latents, jnp.int32)
@@ -97,7 +101,8 @@ def evaluate(
         normalizer, architecture=architecture, mesh=mesh,
     )  # fmt: skip
     raw = jax.tree.map(np.asarray, raw)
-    squared_error = raw.squared_error.sum(axis=1, dtype=np.float64)
+    unit = 1.0 if normalizer is None else float(np.max(normalizer.scale))
+    squared_error = raw.squared_error.sum(axis=1, dtype=np.float64) * unit**2
     live = (raw.active > 0).sum(axis=1)
     fvu = _ratio(squared_error, _sum_of_squares(x, x.mean(axis=0, dtype=np.float64)))
     fvu_scalar = _ratio(squared_error, _sum_of_squares(x, x.mean(dtype=np.float64)))
@@ -115,7 +120,10 @@ def evaluate(
 
 def _sum_of_squares(x: np.ndarray, mean: np.ndarray | float) -> float:
     """Squared distances from a mean."""
-    return sum(float(np.square(x[i : i + BATCH] - mean).sum()) for i in range(0, len(x), BATCH))
+    return sum(
+        float(np.square(x[i : i + BATCH].astype(np.float64) - mean).sum())
+        for i in range(0, len(x), BATCH)
+    )
 
 
 def _ratio(squared_error: np.ndarray, total: float) -> np.ndarray:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import sae_jax
 from sae_jax import data, distributed, ensemble, metrics, models, trainer
-from sae_jax.config import SAEConfig, unused_fields
+from sae_jax.config import MOST, Architecture, SAEConfig, unused_fields
 from sae_jax.dictionary import Dictionary
 from sae_jax.errors import InputError
 from sae_jax.workdir import Member, Workdir, tables
@@ -125,10 +125,19 @@ def train(
     members = {} if out is None else out.finished()
 
     todo = [position for position in range(len(configs)) if position not in members]
-    programs = ensemble.buckets([configs[position] for position in todo])
-    logging.info("%d configurations -> %d programs", len(todo), len(programs))
+    buckets = ensemble.buckets([configs[position] for position in todo])
+    programs = [
+        (architecture, part)
+        for architecture, chosen in buckets.items()
+        for part in ensemble.split_to_fit(
+            chosen, _member_bytes(architecture, rows), distributed.memory()
+        )
+    ]
+    logging.info("%d configurations -> %d programs", len(todo), len(buckets))
+    if len(programs) > len(buckets):
+        logging.info("in %d parts, each of which fits the memory", len(programs))
     with tqdm(total=len(todo) * epochs, unit=" epochs", disable=not progress) as bar:
-        for architecture, chosen in programs.items():
+        for architecture, chosen in programs:
             positions = [todo[i] for i in chosen]
             bucket = [configs[position] for position in positions]
             bar.set_description(f"{bucket[0].name} {architecture.d_in} -> {architecture.n_latents}")
@@ -153,8 +162,9 @@ def _check(
     counts = [("epochs", epochs, 1), ("data_seed", data_seed, 0)]
     counts += [] if patience is None else [("patience", patience, 1)]
     for name, value, low in counts:
-        if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < low:
-            raise InputError(f"{name}={value!r} must be an integer of at least {low}")
+        integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
+        if not (integer and low <= value <= MOST):
+            raise InputError(f"{name}={value!r} must be an integer in {low} .. {MOST}")
     rows = data.check_rows(train, "train")
     if validation is not None:
         validation = data.check_rows(validation, "validation", d_in=rows.shape[1])
@@ -167,7 +177,13 @@ def _check(
             raise InputError(
                 f"batch_size={config.batch_size} is more than the {len(rows)} rows of train"
             )
+    for architecture in ensemble.buckets(configs):
+        ensemble.split_to_fit([0], _member_bytes(architecture, rows), distributed.memory())
     return rows, validation
+
+
+def _member_bytes(architecture: Architecture, rows: np.ndarray) -> int:
+    return ensemble.member_bytes(architecture, rows.itemsize)
 
 
 def _train_bucket(

@@ -8,8 +8,8 @@ results.parquet             one row per finished member; written last, so what i
 
 import dataclasses
 import json
-import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,11 +45,12 @@ class Workdir:
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         self.path = path
         check_writable(path)
+        files.remove_leftovers(path)
         config_file = path / "configs.json"
         if config_file.exists():
             try:
                 found = json.loads(config_file.read_text())
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise InputError(f"{config_file} is damaged: {error}") from None
             if found != settings:
                 raise InputError(
@@ -72,7 +73,10 @@ class Workdir:
 
     def _read(self) -> dict[int, Member]:
         results = _read_parquet(self.path / "results.parquet")
-        history = dict(iter(_read_parquet(self.path / "history.parquet").groupby("member")))
+        history = _read_parquet(self.path / "history.parquet")
+        if "member" not in results or not set(results["member"]) <= set(history.get("member", ())):
+            raise InputError(f"{self.path}: results.parquet and history.parquet disagree")
+        history = dict(iter(history.groupby("member")))
         return {
             row["member"]: Member(
                 Dictionary.load(self.folder(row["member"])) if row["status"] == "trained" else None,
@@ -129,13 +133,17 @@ def _read_parquet(path: Path) -> "pd.DataFrame":
 
 def check_writable(path: Path) -> None:
     """Raises InputError unless `path` is a folder we may write to, or can be made one."""
-    parent = path
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir():
-        raise InputError(f"{parent} is a file; a folder is needed for {path}")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise InputError(f"{parent} cannot be written to; choose another folder than {path}")
+    try:
+        parent = path
+        while not (parent.exists() or parent.is_symlink()):
+            parent = parent.parent
+        if not parent.is_dir():
+            raise InputError(f"{parent} is no folder; a folder is needed for {path}")
+        with tempfile.TemporaryDirectory(prefix=".writable.", dir=parent) as trial:
+            (Path(trial) / path.name).touch()
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(f"{path} cannot be written to ({reason}); choose another") from None
 
 
 def difference(found: Any, asked: Any, where: str = "") -> str:

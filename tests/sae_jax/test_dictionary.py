@@ -1,3 +1,4 @@
+import hashlib
 import itertools
 import json
 from collections.abc import Callable
@@ -139,6 +140,8 @@ def test_disk_layout_is_the_one_that_saelens_reads(tmp_path: Path) -> None:
     for name, value in expected.items():
         assert_same_bits(tensors[name], value)
     cfg = json.loads((tmp_path / "d/cfg.json").read_text())
+    digest = hashlib.sha256((tmp_path / "d/sae_weights.safetensors").read_bytes()).hexdigest()
+    assert cfg.pop("weights_sha256") == digest
     assert cfg == {
         "format": "sae_jax.Dictionary", "architecture": "sae_jax", "format_version": 1,
         "d_in": D, "d_sae": N,
@@ -291,7 +294,18 @@ def edit_cfg(saved: Path, **changes: Any) -> None:
 def edit_tensors(saved: Path, change: Callable[[dict[str, np.ndarray]], Any]) -> None:
     tensors = safetensors.numpy.load_file(saved / "sae_weights.safetensors")
     change(tensors)
-    safetensors.numpy.save_file(tensors, saved / "sae_weights.safetensors")
+    weights = saved / "sae_weights.safetensors"
+    safetensors.numpy.save_file(tensors, weights)
+    edit_cfg(saved, weights_sha256=hashlib.sha256(weights.read_bytes()).hexdigest())
+
+
+def test_a_changed_byte_is_refused(saved: Path) -> None:
+    weights = saved / "sae_weights.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-3] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(InputError, match="not what was saved"):
+        Dictionary.load(saved)
 
 
 @pytest.mark.parametrize("length", [0, 4, 8, 100, -1, -100])

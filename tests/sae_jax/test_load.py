@@ -127,7 +127,6 @@ def test_a_store_without_obsm_says_so(tmp_path: Path) -> None:
             data.load(f"{tmp_path / name}:obsm/X_pca")
 
 
-@pytest.mark.xfail(strict=True, reason="obsm of anndata < 0.7 is one compound dataset")
 def test_obsm_of_an_old_file_is_found(tmp_path: Path) -> None:
     rows = np.rec.fromarrays([PCA.astype(np.float32)], dtype=[("X_pca", np.float32, (3,))])
     with h5py.File(tmp_path / "old.h5ad", "w") as file:

@@ -236,7 +236,7 @@ def test_progress_counts_the_epochs_of_all_members(capsys: pytest.CaptureFixture
     ("changes", "message"),
     [
         ({"configs": []}, "no configurations"),
-        ({"epochs": 0}, "epochs=0 must be .*at least 1"),
+        ({"epochs": 0}, "epochs=0 must be an integer in 1 "),
         ({"train": ROWS[:, :3], "validation": None}, "d_in=4, train has 3 dimensions"),
         ({"train": ROWS[:15]}, "batch_size=16 is more than the 15 rows"),
         ({"train": np.where(ROWS > 2, np.nan, ROWS)}, "train holds .* NaN"),
@@ -397,7 +397,7 @@ def test_a_damaged_dictionary_is_not_passed_on(run_folder: Path) -> None:
 def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     for path in (tmp_path / "file", tmp_path / "file" / "below" / "run"):
-        with pytest.raises(InputError, match="file is a file; a folder is needed"):
+        with pytest.raises(InputError, match="file is no folder; a folder is needed"):
             train(path)
     assert (tmp_path / "file").read_text() == "mine"
 
@@ -408,11 +408,11 @@ def nobody() -> Iterator[None]:
     if os.getuid() != 0:
         yield
         return
-    os.setreuid(65534, -1)
+    os.seteuid(65534)
     try:
         yield
     finally:
-        os.setreuid(0, -1)
+        os.seteuid(0)
 
 
 def test_a_folder_without_permission_is_refused() -> None:
