@@ -221,7 +221,7 @@ def test_a_sweep_on_one_device_equals_one_on_two(
     # way, so they agree to rounding.
     assert_equal_dictionaries(found, plain)
     pd.testing.assert_frame_equal(found.history, plain.history, check_exact=True)
-    pd.testing.assert_frame_equal(found.results, plain.results, rtol=1e-6)
+    pd.testing.assert_frame_equal(found.results, plain.results, rtol=1e-6, atol=1e-6)
 
 
 def test_validation_rows_change_no_training(plain: Run) -> None:
