@@ -6,7 +6,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 .PHONY: demo test lint package clean
 
-demo: .venv/demo-installed  ## Train and name dictionaries of 700 real cells; about a minute
+demo: .venv/demo-installed  ## Train and name dictionaries of 700 real cells; under two minutes
 	$(BIN)/sae-jax quickstart --workdir=runs/demo --overwrite
 
 test: .venv/dev-installed  ## Everything that CI tests
