@@ -16,12 +16,12 @@ from absl import logging
 from scipy import sparse
 from sklearn.decomposition import PCA
 
+from analysis.differential import LARGEST_LOG_VALUE
 from sae_jax.data import check_rows
 from sae_jax.errors import InputError
 
 EXPRESSION_KINDS = ("counts", "log1p")
 TARGET_SUM = 1e4
-LARGEST_LOG1P = 30.0  # exp(30) is 10^13 counts: whatever is larger was not logarithmised
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -208,7 +208,7 @@ def _check_values(values: np.ndarray, source: str, kind: str) -> None:
         )
     if kind == "log1p" and not fractional.any():
         raise InputError(f"{source} is said to hold log1p values, but all are integers; counts?")
-    if kind == "log1p" and values.max() > LARGEST_LOG1P:
+    if kind == "log1p" and values.max() > LARGEST_LOG_VALUE:
         raise InputError(
             f"{source} is said to hold log1p values, but goes up to {values.max():.4g}; "
             "it was normalised and not logarithmised, perhaps?"
