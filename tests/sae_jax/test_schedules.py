@@ -56,7 +56,7 @@ def test_large_gradients_are_scaled_to_the_norm_and_small_ones_are_not() -> None
     assert moments[1] == pytest.approx(7e-4 * np.sqrt(count), rel=1e-4)
 
 
-AXES = {"learning_rate": [3e-3, 0.3], "l1_weight": [0.1, 1.0], "seed": [0, 1, 2, 3]}
+AXES = {"l1_weight": [0.1, 1.0], "seed": [0, 1, 2, 3], "learning_rate": [0.3, 3e-3]}  # by turns
 CONFIGS = sae_jax.grid("vanilla", **SIZE, batch_size=16, **AXES)
 
 
