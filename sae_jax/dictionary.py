@@ -31,6 +31,9 @@ _TENSORS = {
     "decoder": "W_dec",
     "decoder_bias": "b_dec",
     "pre_bias": "b_pre",
+    "log_threshold": "log_threshold",
+    "magnitude_gain": "r_mag",
+    "magnitude_bias": "b_mag",
 }
 _CFG_TYPES = {
     "format_version": int, "dtype": str, "config": dict, "provenance": dict, "weights_sha256": str,
@@ -44,7 +47,8 @@ class Dictionary:
     Attributes:
       config: the configuration it was trained by.
       params: NumPy arrays: encoder [d_in, latents], encoder_bias [latents], decoder [latents,
-        d_in], decoder_bias and pre_bias [d_in] or None.
+        d_in], decoder_bias and pre_bias [d_in] or None, and what jump_relu, batch_topk and gated
+        have beside (see `sae_jax.state.Params`).
       normalizer: statistics of the rows it was trained on, or None; `encode` applies them and
         `decode` undoes them, so both speak in the embedding's own units.
       provenance: what else is known, in JSON's types: rows, epochs, data_seed, versions, ...
@@ -208,7 +212,12 @@ class Dictionary:
             "decoder_norm": config.decoder_norm if self.normalizer is None else "free",
         }
         before = {field: getattr(config, field) for field in changed}
-        # Other fields of Params speak of pre-activations, which folding leaves as they are.
+        if config.activation == "gated":
+            # The gate's pre-activations stay, the product by which magnitudes come loses its shift.
+            gain = np.exp(double.magnitude_gain)
+            moved = (folded["encoder_bias"] - double.encoder_bias) * gain
+            arrays["magnitude_bias"] = (double.magnitude_bias + moved).astype(dtype)
+        # Thresholds speak of pre-activations, which folding leaves as they are.
         return Dictionary(
             dataclasses.replace(config, **changed),
             params.replace(**arrays, pre_bias=None),
@@ -373,6 +382,10 @@ def _check_tensors(
         expected["b_dec"] = (d,)
     if config.pre_bias == "free":
         expected["b_pre"] = (d,)
+    if config.activation in ("jump_relu", "batch_topk"):
+        expected["log_threshold"] = (n if config.activation == "jump_relu" else 1,)
+    if config.activation == "gated":
+        expected |= {"r_mag": (n,), "b_mag": (n,)}
     if config.input_normalization != "none":
         expected |= {"input_mean": (d,), "input_scale": (d,)}
     found = {name: tensor.shape for name, tensor in tensors.items()}

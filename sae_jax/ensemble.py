@@ -103,5 +103,9 @@ def compacted(active: np.ndarray, mesh: Mesh) -> np.ndarray | None:
 
 def take(tree: Any, rows: np.ndarray, mesh: Mesh) -> Any:
     """These rows of every leaf [members, ...], spread over the mesh again."""
-    taken = jax.tree.map(lambda leaf: np.asarray(leaf)[rows], tree)
-    return jax.device_put(taken, NamedSharding(mesh, PartitionSpec("member")))
+    return put(jax.tree.map(lambda leaf: np.asarray(leaf)[rows], tree), mesh)
+
+
+def put(tree: Any, mesh: Mesh) -> Any:
+    """Every leaf [members, ...] on the devices, spread over the mesh."""
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec("member")))

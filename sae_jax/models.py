@@ -3,8 +3,11 @@
 pre = (x + b_pre) W_enc + b_enc        b_pre: none, free, or minus b_dec
 z   = activation(pre)
 x'  = z W_dec + b_dec
+
+A gated dictionary fires where pre > 0, with the magnitude ReLU(exp(r) (pre - b_enc) + b_mag).
 """
 
+import itertools
 import math
 
 import jax
@@ -18,8 +21,15 @@ from sae_jax.state import Hyperparams, Normalizer, Params
 NARROW = 64
 
 
-def init(seed: jax.Array, architecture: Architecture, dtype: jax.typing.DTypeLike) -> Params:
-    """Fresh weights; a function of the seed, the architecture and the dtype alone.
+def init(
+    seed: jax.Array,
+    architecture: Architecture,
+    dtype: jax.typing.DTypeLike,
+    center: jax.Array | None = None,
+    initial_threshold: jax.Array | float = 0.5,
+) -> Params:
+    """Fresh weights; a function of the seed, the architecture and the dtype alone, but for `center`
+    [d_in], which the pre-bias takes from the rows at the start, and the decoder's bias adds.
 
     `torch` draws what `torch.nn.Linear` draws: uniform within 1 / sqrt(fan in) for weights and
     biases. `tied` draws unit decoder directions, sets the encoder to their transpose and the biases
@@ -43,12 +53,23 @@ def init(seed: jax.Array, architecture: Architecture, dtype: jax.typing.DTypeLik
         decoder_bias = uniform(keys[3], (d,), n)
         if architecture.decoder_norm == "unit":
             decoder = unit_rows(decoder)
+    pre_bias = jnp.zeros(d, dtype)
+    if center is not None:
+        decoder_bias, pre_bias = center, -center
+    gated = architecture.activation == "gated"
+    thresholds = {
+        "jump_relu": jnp.full(n, initial_threshold, dtype),
+        "batch_topk": jnp.full(1, jnp.finfo(dtype).tiny, dtype),  # until there is an estimate
+    }.get(architecture.activation)
     return Params(
         encoder=encoder,
         encoder_bias=encoder_bias,
         decoder=decoder,
         decoder_bias=decoder_bias if architecture.decoder_bias == "free" else None,
-        pre_bias=jnp.zeros(d, dtype) if architecture.pre_bias == "free" else None,
+        pre_bias=pre_bias if architecture.pre_bias == "free" else None,
+        log_threshold=None if thresholds is None else jnp.log(thresholds),
+        magnitude_gain=jnp.zeros(n, dtype) if gated else None,
+        magnitude_bias=encoder_bias if gated else None,  # it starts as a ReLU
     )
 
 
@@ -62,27 +83,50 @@ def denormalize(x: jax.Array, normalizer: Normalizer | None) -> jax.Array:
     return x if normalizer is None else x * normalizer.scale[None, :] + normalizer.mean[None, :]
 
 
+def encoder_input(params: Params, x: jax.Array, architecture: Architecture) -> jax.Array:
+    """Rows [rows, d_in] with the pre-bias."""
+    if architecture.pre_bias == "free":
+        return x + params.pre_bias[None, :]
+    if architecture.pre_bias == "tied":
+        return x - params.decoder_bias[None, :]
+    return x
+
+
 def pre_activations(params: Params, x: jax.Array, architecture: Architecture) -> jax.Array:
     """[rows, d_in] -> [rows, latents]."""
-    if architecture.pre_bias == "free":
-        x = x + params.pre_bias[None, :]
-    elif architecture.pre_bias == "tied":
-        x = x - params.decoder_bias[None, :]
-    return x @ params.encoder + params.encoder_bias[None, :]
+    inputs = encoder_input(params, x, architecture)
+    return inputs @ params.encoder + params.encoder_bias[None, :]
 
 
 def encode(
     params: Params, hyper: Hyperparams, x: jax.Array, architecture: Architecture
 ) -> jax.Array:
-    """[rows, d_in] -> codes [rows, latents], never negative."""
-    return activate(pre_activations(params, x, architecture), hyper, architecture)
+    """[rows, d_in] -> codes [rows, latents], never negative; each row's on its own."""
+    return activate(params, hyper, pre_activations(params, x, architecture), architecture)
 
 
-def activate(pre: jax.Array, hyper: Hyperparams, architecture: Architecture) -> jax.Array:
-    """Pre-activations to codes, both [rows, latents]."""
-    if architecture.activation == "topk":
-        return activations.topk(pre, hyper.k)
-    return activations.relu(pre)
+def activate(
+    params: Params,
+    hyper: Hyperparams,
+    pre: jax.Array,
+    architecture: Architecture,
+    training: bool = False,
+) -> jax.Array:
+    """Pre-activations to codes, both [rows, latents]; in training batch_topk sees the batch."""
+    match architecture.activation:
+        case "topk":
+            return activations.topk(pre, hyper.k)
+        case "batch_topk" if training:
+            return activations.batch_topk(pre, hyper.k)
+        case "batch_topk" | "jump_relu":
+            return activations.jump_relu(pre, params.log_threshold, hyper.bandwidth)
+        case "gated":
+            product = pre - params.encoder_bias[None, :]
+            magnitude = product * jnp.exp(params.magnitude_gain)[None, :]
+            magnitude = activations.relu(magnitude + params.magnitude_bias[None, :])
+            return jnp.where(pre > 0, magnitude, 0)
+        case _:
+            return activations.relu(pre)
 
 
 def decode(params: Params, z: jax.Array) -> jax.Array:
@@ -94,6 +138,16 @@ def decode(params: Params, z: jax.Array) -> jax.Array:
         decoder = lax.optimization_barrier(decoder.T).T
     x = z @ decoder
     return x if params.decoder_bias is None else x + params.decoder_bias[None, :]
+
+
+def decode_nested(params: Params, z: jax.Array, architecture: Architecture) -> list[jax.Array]:
+    """Reconstructions [rows, d_in] by each of the nested dictionaries, the whole one last."""
+    edges = (0, *architecture.widths)
+    found = [decode(params.replace(decoder=params.decoder[: edges[1]]), z[:, : edges[1]])]
+    for low, high in itertools.pairwise(edges[1:]):
+        part = params.replace(decoder=params.decoder[low:high], decoder_bias=None)
+        found.append(found[-1] + decode(part, z[:, low:high]))
+    return found
 
 
 def unit_rows(decoder: jax.Array) -> jax.Array:

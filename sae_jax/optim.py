@@ -36,7 +36,11 @@ def scheduled(hyper: Hyperparams, step: jax.Array, architecture: Architecture) -
             rate = rate * (1 - done)
         else:
             rate = rate * (1 + jnp.cos(jnp.pi * done)) / 2
-    return hyper.replace(learning_rate=rate, l1_weight=warmed(hyper.l1_weight, hyper.l1_warmup))
+    return hyper.replace(
+        learning_rate=rate,
+        l1_weight=warmed(hyper.l1_weight, hyper.l1_warmup),
+        l0_weight=warmed(hyper.l0_weight, hyper.l0_warmup),
+    )
 
 
 def update(
@@ -59,6 +63,11 @@ def update(
     if architecture.clipping == "norm":
         grads, _ = optax.clip_by_global_norm(hyper.clip_norm).update(grads, optax.EmptyState())
     steps, state = ADAM.update(grads, state)
+    if architecture.decay == "decoupled":  # Loshchilov and Hutter 2019
+        steps = steps.replace(
+            encoder=steps.encoder + hyper.weight_decay * params.encoder,
+            decoder=steps.decoder + hyper.weight_decay * params.decoder,
+        )
     params = jax.tree.map(lambda p, step: p - hyper.learning_rate * step, params, steps)
     if unit:
         params = params.replace(decoder=models.unit_rows(params.decoder))

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from sae_jax.config import SAEConfig
+from sae_jax.config import REALS, SAEConfig
 
 
 @struct.dataclass
@@ -18,11 +18,18 @@ class Hyperparams:
     lr_warmup: jax.Array
     l1_weight: jax.Array
     l1_warmup: jax.Array
+    l0_weight: jax.Array
+    l0_warmup: jax.Array
+    bandwidth: jax.Array
+    initial_threshold: jax.Array
     k: jax.Array
+    target_l0: jax.Array
     k_aux: jax.Array
     aux_weight: jax.Array
     dead_steps: jax.Array
+    resample_every: jax.Array
     clip_norm: jax.Array
+    weight_decay: jax.Array
     seed: jax.Array
     steps: jax.Array
 
@@ -31,8 +38,11 @@ class Hyperparams:
 class Params:
     """Weights of one dictionary, in the layout of SAELens (rows times matrices).
 
-    encoder [d_in, latents], encoder_bias [latents], decoder [latents, d_in], decoder_bias [d_in] or
-    None, pre_bias [d_in] or None.
+    encoder [d_in, latents], encoder_bias [latents], decoder [latents, d_in]. None where the
+    architecture has no use for them: decoder_bias [d_in]; pre_bias [d_in]; log_threshold, the
+    logarithm of what a pre-activation must exceed, [latents] of jump_relu and [1] of batch_topk;
+    magnitude_gain (its logarithm) and magnitude_bias [latents], of gated, whose encoder and
+    encoder_bias are the gate's.
     """
 
     encoder: jax.Array
@@ -40,6 +50,9 @@ class Params:
     decoder: jax.Array
     decoder_bias: jax.Array | None
     pre_bias: jax.Array | None
+    log_threshold: jax.Array | None = None
+    magnitude_gain: jax.Array | None = None
+    magnitude_bias: jax.Array | None = None
 
 
 @struct.dataclass
@@ -74,15 +87,18 @@ class History(Metrics):
 class TrainState:
     """One member in training.
 
-    step: scalar; steps done. idle: [latents], steps since each latent last fired; None without an
-    auxiliary loss. diverged: scalar; the loss was not finite. active: scalar; False for good once
-    diverged, or without improvement for as long as the run's patience. best: None without patience.
+    step: scalar; steps done. idle: [latents], steps since each latent last fired; None where no
+    choice asks for it. log_factor: scalar; logarithm of what `sparsity_control` multiplies the L1
+    weight by; None without. diverged: scalar; the loss was not finite. active: scalar; False for
+    good once diverged, or without improvement for as long as the run's patience. best: None without
+    patience.
     """
 
     params: Params
     optimizer: jax.Array | tuple
     step: jax.Array
     idle: jax.Array | None
+    log_factor: jax.Array | None
     diverged: jax.Array
     active: jax.Array
     best: "Best | None"
@@ -100,13 +116,14 @@ class Best:
 def hyperparams(config: SAEConfig, dtype: jax.typing.DTypeLike, steps: int = 0) -> Hyperparams:
     """The traced half of a config; k is n_latents where the architecture has none."""
     dtype = jax.dtypes.canonicalize_dtype(dtype)  # float64 rows without x64 mode are float32
-    reals = ("learning_rate", "l1_weight", "aux_weight", "clip_norm")
-    integers = ("lr_warmup", "l1_warmup", "dead_steps")
+    integers = ("lr_warmup", "l1_warmup", "l0_warmup", "dead_steps", "resample_every")
+    target_l0 = config.n_latents if config.target_l0 is None else config.target_l0
     k_aux = 512 if config.k_aux is None else config.k_aux
     return Hyperparams(
-        **{name: jnp.asarray(getattr(config, name), dtype) for name in reals},
+        **{name: jnp.asarray(getattr(config, name), dtype) for name in REALS},
         **{name: jnp.asarray(getattr(config, name), jnp.int32) for name in integers},
         k=jnp.asarray(config.n_latents if config.k is None else config.k, jnp.int32),
+        target_l0=jnp.asarray(target_l0, dtype),
         k_aux=jnp.asarray(min(k_aux, config.n_latents), jnp.int32),
         seed=jnp.asarray(config.seed, jnp.uint32),
         steps=jnp.asarray(steps, jnp.int32),

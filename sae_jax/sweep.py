@@ -1,5 +1,6 @@
 """Grid to configs to trained dictionaries and a table of results; the front door of training."""
 
+import contextlib
 import dataclasses
 import itertools
 import os
@@ -9,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import flax
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import logging
 from tqdm import tqdm
 
 import sae_jax
-from sae_jax import data, distributed, ensemble, metrics, models, trainer
+from sae_jax import bucket, data, distributed, ensemble
+from sae_jax.checkpoint import Checkpoints, Preempted, Preemption
 from sae_jax.config import MOST, Architecture, SAEConfig, unused_fields
 from sae_jax.dictionary import Dictionary
 from sae_jax.errors import InputError
@@ -31,12 +32,13 @@ class Run:
     """What `train` returns.
 
     Attributes:
-      dictionaries: one per configuration, in the order given; None where training diverged.
+      dictionaries: one per configuration, in the order given; None where training diverged
+        or failed.
       results: a pandas DataFrame, one row per configuration in the same order: every field of the
-        config, `status` (trained or diverged), `epochs` (trained), `best_epoch` (that of the
+        config, `status` (trained, diverged, failed), `epochs` (trained), `best_epoch` (that of the
         weights, from 0), `train_loss` (mean of the last epoch), and each metric of
         `sae_jax.metrics.evaluate` with prefix `train_` and, where validation rows were given,
-        `validation_`. A diverged member's metrics are NaN.
+        `validation_`. Others than trained have NaN.
       history: a pandas DataFrame, one row per configuration and epoch: member, epoch; loss, mse,
         l1, l0 (means over the epoch's batches, in the normalised space); validation_loss.
     """
@@ -57,19 +59,20 @@ def grid(preset: str, **axes: Any) -> list[SAEConfig]:
       >>> len(configs)
       8
     """
-    unused = unused_fields(preset)
-    for name in sorted(unused & set(axes)):
-        logging.info("preset %s has no use for %s: that axis is dropped", preset, name)
-    used = {
+    lists = {
         name: list(values) if isinstance(values, list | tuple | np.ndarray) else [values]
         for name, values in axes.items()
-        if name not in unused
     }
-    combinations = itertools.product(*used.values())
-    configs = [
-        SAEConfig.preset(preset, **dict(zip(used, values, strict=True))) for values in combinations
-    ]
-    return list(dict.fromkeys(configs))
+    configs, used = {}, set()
+    for values in itertools.product(*lists.values()):
+        given = dict(zip(lists, values, strict=True))
+        unused = unused_fields(preset, given)
+        given = {name: value for name, value in given.items() if name not in unused}
+        used |= set(given)
+        configs[SAEConfig.preset(preset, **given)] = None  # duplicates merge
+    for name in sorted(set(axes) - used):
+        logging.info("preset %s has no use for %s: that axis is dropped", preset, name)
+    return list(configs)
 
 
 def train(
@@ -83,6 +86,7 @@ def train(
     patience: int | None = None,
     progress: bool = True,
     provenance: dict[str, Any] | None = None,
+    checkpoint_seconds: float = 60,
 ) -> Run:
     """Train a dictionary per configuration, all that share an architecture in one program.
 
@@ -92,7 +96,9 @@ def train(
       validation: further rows [rows, d_in]; measured, never trained on.
       epochs: passes over the rows; the rows after the last full batch of a pass are left out of it.
       workdir: a folder to fill: configs.json, dictionaries/<member>/, results.parquet,
-        history.parquet. Members already finished there by the same call are not trained again.
+        history.parquet, and checkpoints/ of the program in training. The same call again goes on
+        from what is there, bit for bit as if it had not been stopped, and trains no finished
+        member again. On SIGTERM a checkpoint is written and SystemExit(143) raised.
       data_seed: the order of rows depends on it and on the epoch alone.
       patience: a member stops when so many epochs brought no lower loss (on the validation rows,
         where there are any), and its best weights are kept; None: all train all epochs, and the
@@ -100,10 +106,15 @@ def train(
       progress: a bar on stderr.
       provenance: where the rows come from (file, key, model, layer, ...), in JSON's types; it
         travels with every dictionary.
+      checkpoint_seconds: between checkpoints of a program.
+
+    A program that fails (memory, say) does not end the others: its members have status `failed`
+    and no dictionary, are not written to the workdir, and the same call again tries them anew.
 
     Raises:
       InputError: before any work: no configs, rows that are not finite, of another width or fewer
         than a batch, or a workdir that holds other settings.
+      Exception: what the first program raised, if every one failed.
     """
     configs = list(configs)
     rows, validation = _check(configs, train, validation, epochs, data_seed, patience)
@@ -124,10 +135,68 @@ def train(
     out = None if workdir is None else Workdir(Path(workdir), settings)
     members = {} if out is None else out.finished()
 
+    failed = _train_programs(
+        configs, rows, validation, about, members, out, progress, checkpoint_seconds
+    )
+    results, history = tables(members | failed)
+    return Run([(members | failed)[i].dictionary for i in range(len(configs))], results, history)
+
+
+def _train_programs(
+    configs: list[SAEConfig],
+    rows: np.ndarray,
+    validation: np.ndarray | None,
+    about: dict[str, Any],
+    members: dict[int, Member],
+    out: Workdir | None,
+    progress: bool,
+    checkpoint_seconds: float,
+) -> dict[int, Member]:
+    """Fill `members` with those not in it yet, a program at a time; returns those that failed."""
     todo = [position for position in range(len(configs)) if position not in members]
+    programs = _programs(configs, todo, rows)
+    steps = [about["epochs"] * (len(rows) // configs[i].batch_size) for i in todo]
+    preemption, failed, failures = Preemption(), {}, []
+    with contextlib.ExitStack() as stack:
+        bar = stack.enter_context(
+            tqdm(total=sum(steps), unit=" steps", unit_scale=True, disable=not progress)
+        )
+        if out is not None:
+            out.keep_checkpoints([positions[0] for positions in programs])
+            stack.enter_context(preemption.watched())
+        for number, positions in enumerate(programs):
+            chosen = [configs[position] for position in positions]
+            shape = f"{chosen[0].name} {chosen[0].d_in} -> {chosen[0].n_latents}"
+            bar.set_description(f"program {number + 1}/{len(programs)}: {shape}")
+            checkpoints = None
+            if out is not None:
+                folder = out.checkpoints(positions[0])
+                checkpoints = Checkpoints(folder, positions, checkpoint_seconds, preemption)
+            try:
+                trained = bucket.train(chosen, rows, validation, about, bar, checkpoints)
+            except InputError:
+                raise
+            except Exception as error:
+                logging.exception("program %d, %s, failed; the others go on", number + 1, shape)
+                failures.append(error)
+                failed |= {position: bucket.failed(configs[position]) for position in positions}
+                continue
+            members |= dict(zip(positions, trained, strict=True))
+            if out is not None:
+                out.write(members)
+                checkpoints.remove()
+            if preemption.asked:
+                raise Preempted
+    if failures and not members:
+        raise failures[0]
+    return failed
+
+
+def _programs(configs: list[SAEConfig], todo: list[int], rows: np.ndarray) -> list[list[int]]:
+    """Positions of `todo` by the program that trains them, each of which fits the memory."""
     buckets = ensemble.buckets([configs[position] for position in todo])
     programs = [
-        (architecture, part)
+        [todo[i] for i in part]
         for architecture, chosen in buckets.items()
         for part in ensemble.split_to_fit(
             chosen, _member_bytes(architecture, rows), distributed.memory()
@@ -136,17 +205,7 @@ def train(
     logging.info("%d configurations -> %d programs", len(todo), len(buckets))
     if len(programs) > len(buckets):
         logging.info("in %d parts, each of which fits the memory", len(programs))
-    with tqdm(total=len(todo) * epochs, unit=" epochs", disable=not progress) as bar:
-        for architecture, chosen in programs:
-            positions = [todo[i] for i in chosen]
-            bucket = [configs[position] for position in positions]
-            bar.set_description(f"{bucket[0].name} {architecture.d_in} -> {architecture.n_latents}")
-            trained = _train_bucket(bucket, rows, validation, about, bar)
-            members |= dict(zip(positions, trained, strict=True))
-            if out is not None:
-                out.write(members)
-    results, history = tables(members)
-    return Run([members[i].dictionary for i in range(len(configs))], results, history)
+    return programs
 
 
 def _check(
@@ -177,6 +236,12 @@ def _check(
             raise InputError(
                 f"batch_size={config.batch_size} is more than the {len(rows)} rows of train"
             )
+        controlled = config.sparsity_control != "none" and config.activation != "jump_relu"
+        if controlled and patience is not None:
+            raise InputError(
+                "patience compares losses, and sparsity_control='target_l0' changes what the loss "
+                f"is while {config.name} trains: leave one out"
+            )
     for architecture in ensemble.buckets(configs):
         ensemble.split_to_fit([0], _member_bytes(architecture, rows), distributed.memory())
     return rows, validation
@@ -184,63 +249,3 @@ def _check(
 
 def _member_bytes(architecture: Architecture, rows: np.ndarray) -> int:
     return ensemble.member_bytes(architecture, rows.itemsize)
-
-
-def _train_bucket(
-    configs: list[SAEConfig],
-    rows: np.ndarray,
-    validation: np.ndarray | None,
-    provenance: dict[str, Any],
-    bar: tqdm,
-) -> list[Member]:
-    """Train and measure configurations that share an architecture."""
-    architecture = configs[0].architecture
-    mesh = distributed.member_mesh(len(configs))
-    normalizer = data.fit_normalizer(rows, architecture.input_normalization)
-    inputs = models.normalize(jnp.asarray(rows), normalizer)
-    held_out = None
-    if validation is not None:
-        held_out = models.normalize(jnp.asarray(validation), normalizer)
-    epochs = provenance["epochs"]
-    steps = epochs * (len(rows) // architecture.batch_size)
-    hyper = ensemble.stack_hyperparams(configs, mesh, inputs.dtype, steps)
-    begun = bar.n
-
-    def on_chunk(done: int, loss: float) -> None:
-        bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
-        bar.update(done * len(configs))
-
-    trained = trainer.train_bucket(
-        hyper, inputs, architecture=architecture, mesh=mesh, epochs=epochs,
-        data_seed=provenance["data_seed"], on_chunk=on_chunk, validation=held_out,
-        patience=provenance["patience"],
-    )  # fmt: skip
-    bar.update(begun + epochs * len(configs) - bar.n)  # all have stopped early, perhaps
-    measured = {}
-    for split, x in {"train": rows, "validation": validation}.items():
-        if x is not None:
-            values = metrics.evaluate(
-                trained.params, hyper, x, normalizer, architecture=architecture, mesh=mesh
-            )
-            measured |= {f"{split}_{name}": value for name, value in values.items()}
-
-    members = []
-    for i, config in enumerate(configs):
-        weights = jax.tree.map(lambda leaf, i=i: leaf[i].copy(), trained.params)
-        finite = all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(weights))
-        alive = finite and not trained.diverged[i]
-        done = int(np.count_nonzero(~np.isnan(trained.history.loss[i]))) or 1
-        history = jax.tree.map(lambda leaf, i=i, done=done: leaf[i, :done], trained.history)
-        row = {
-            **config.to_dict(),
-            "status": "trained" if alive else "diverged",
-            "epochs": done,
-            "best_epoch": done - 1 if trained.best_epoch is None else int(trained.best_epoch[i]),
-            "train_loss": float(history.loss[-1]),
-            **{name: value[i].item() if alive else np.nan for name, value in measured.items()},
-        }
-        dictionary = Dictionary(config, weights, normalizer, provenance) if alive else None
-        members.append(Member(dictionary, row, history))
-        if not alive:
-            logging.warning("diverged: %s", config)
-    return members

@@ -1,8 +1,13 @@
-"""The loop: chunks of epochs, each one call of a compiled program, for all members of a bucket.
+"""The loop: chunks of epochs for all members of a bucket, by a few compiled programs.
 
-Inside a chunk the data lie on the device, epochs and steps are loops of the program, and the state
-is donated. The order of rows depends on (data_seed, epoch) alone: every member sees the same
-batches. The rows left over after the last full batch of an epoch are not used in that epoch.
+Where the data fit the device, a chunk of epochs is one call: epochs and steps are loops of the
+program, and the state is donated. Where they do not, each buffer of a stream is one call, and the
+next is read meanwhile. Every member sees the same batches, in an order that depends on (data_seed,
+epoch) alone, for a stream also on the size of its buffers. The rows left over after the last full
+batch of an epoch are not used in that epoch.
+
+Between chunks the state is all there is to know: members that have stopped are taken out there,
+checkpoints are written there, and a run that is resumed goes on from there bit for bit.
 """
 
 import functools
@@ -17,12 +22,19 @@ from flax import struct
 from jax import lax
 from jax.sharding import Mesh
 
-from sae_jax import ensemble, models, objectives, optim
+from sae_jax import ensemble, steps
+from sae_jax.checkpoint import Checkpoints
 from sae_jax.config import Architecture
-from sae_jax.state import Best, History, Hyperparams, Metrics, Params, TrainState
+from sae_jax.state import History, Hyperparams, Metrics, Params, TrainState
+
+
+class Stream: ...  # TEMPORARY
+
 
 MAX_CHUNK_EPOCHS = 64
 CHUNK_SECONDS = 1.0  # how often the host hears of the program
+
+Advance = Callable[[TrainState, Hyperparams, int, int], tuple[TrainState, History]]
 
 
 @struct.dataclass
@@ -39,120 +51,36 @@ class Trained:
     history: History
 
 
-def init_member(
-    hyper: Hyperparams, architecture: Architecture, dtype: Any, patient: bool = False
-) -> TrainState:
-    """ONE member before its first step; `patient` members remember their best weights."""
-    params = models.init(hyper.seed, architecture, dtype)
-    idle = jnp.zeros(architecture.n_latents, jnp.int32)
-    best = Best(params=params, loss=jnp.full((), jnp.inf, dtype), epoch=jnp.asarray(-1))
-    return TrainState(
-        params=params,
-        optimizer=optim.ADAM.init(params),
-        step=jnp.zeros((), jnp.int32),
-        idle=idle if architecture.auxiliary == "auxk" else None,
-        diverged=jnp.asarray(False),
-        active=jnp.asarray(True),
-        best=best if patient else None,
-    )
+@struct.dataclass
+class Position:
+    """Where a bucket stands between two chunks: all that a checkpoint holds.
 
-
-def step(
-    state: TrainState, hyper: Hyperparams, batch: jax.Array, architecture: Architecture
-) -> tuple[TrainState, Metrics]:
-    """ONE member, one batch [rows, d_in]."""
-    now = optim.scheduled(hyper, state.step, architecture)
-    dead = None if state.idle is None else state.idle >= hyper.dead_steps
-    gradient = jax.grad(objectives.loss, has_aux=True)
-    grads, (metrics, z) = gradient(state.params, now, batch, architecture, dead)
-    params, optimizer = optim.update(state.params, state.optimizer, grads, now, architecture)
-    if state.idle is not None:
-        state = state.replace(idle=jnp.where(jnp.any(z > 0, axis=0), 0, state.idle + 1))
-    return state.replace(params=params, optimizer=optimizer, step=state.step + 1), metrics
-
-
-def train_epoch(
-    state: TrainState,
-    hyper: Hyperparams,
-    rows: jax.Array,
-    order: jax.Array,
-    validation: jax.Array | None,
-    epoch: jax.Array,
-    patience: jax.Array,
-    architecture: Architecture,
-) -> tuple[TrainState, History]:
-    """ONE member, one epoch over `rows[order]`, order [steps, batch]; inactive ones stay as is.
-
-    A member whose mean loss is not finite has diverged. One that remembers its best weights stops
-    when `patience` epochs brought no lower loss, on the validation rows where there are any.
+    states: [rows, ...] of the members still in training. members: [rows], which each row is; spare
+    rows repeat the last. done: scalar, epochs. trained: what has been found of all members so far.
     """
 
-    def run(state: TrainState) -> tuple[TrainState, History]:
-        state, metrics = lax.scan(
-            lambda state, positions: step(state, hyper, rows[positions], architecture),
-            state,
-            order,
-        )
-        means = jax.tree.map(jnp.mean, metrics)
-        held_out = jnp.full((), jnp.nan, rows.dtype)
-        if validation is not None:
-            held_out = validation_loss(state.params, hyper, validation, architecture)
-        diverged = ~jnp.isfinite(means.loss)
-        state = state.replace(diverged=diverged, active=~diverged)
-        if state.best is not None:
-            monitored = means.loss if validation is None else held_out
-            better = monitored < state.best.loss
-            fresh = Best(params=state.params, loss=monitored, epoch=epoch)
-            best = jax.tree.map(lambda new, old: jnp.where(better, new, old), fresh, state.best)
-            waits = epoch - best.epoch < patience
-            state = state.replace(best=best, active=state.active & waits)
-        return state, History(**vars(means), validation_loss=held_out)
-
-    def skip(state: TrainState) -> tuple[TrainState, History]:
-        return state, blank_history((), rows.dtype)
-
-    return lax.cond(state.active, run, skip, state)
-
-
-def validation_loss(
-    params: Params, hyper: Hyperparams, rows: jax.Array, architecture: Architecture
-) -> jax.Array:
-    """ONE member's loss, without the auxiliary, over rows [rows, d_in]; a batch at a time."""
-    size = min(architecture.batch_size, len(rows))
-    whole = len(rows) // size * size
-
-    def summed(batch: jax.Array) -> jax.Array:
-        return objectives.loss(params, hyper, batch, architecture)[0] * len(batch)
-
-    total = jnp.sum(lax.map(summed, rows[:whole].reshape(-1, size, rows.shape[1])))
-    if whole < len(rows):
-        total = total + summed(rows[whole:])
-    return total / len(rows)
-
-
-def blank_history(shape: tuple[int, ...], dtype: Any) -> History:
-    """NaN everywhere."""
-    nan = jnp.full(shape, jnp.nan, dtype)
-    return History(loss=nan, mse=nan, l1=nan, l0=nan, validation_loss=nan)
-
-
-def row_order(
-    data_seed: jax.Array, epoch: jax.Array, rows: int, architecture: Architecture
-) -> jax.Array:
-    """Positions of an epoch's rows, [steps, batch]; the same for every member and machine."""
-    steps = rows // architecture.batch_size
-    key = jax.random.fold_in(jax.random.key(data_seed), epoch)
-    order = jax.random.permutation(key, rows)[: steps * architecture.batch_size]
-    return order.reshape(steps, architecture.batch_size).astype(jnp.int32)
+    states: TrainState
+    members: np.ndarray
+    done: np.ndarray
+    trained: Trained
 
 
 @functools.partial(jax.jit, static_argnames=("architecture", "mesh", "dtype", "patient"))
 def init_bucket(
-    hyper: Hyperparams, *, architecture: Architecture, mesh: Mesh, dtype: Any, patient: bool = False
+    hyper: Hyperparams,
+    center: jax.Array | None = None,
+    *,
+    architecture: Architecture,
+    mesh: Mesh,
+    dtype: Any,
+    patient: bool = False,
 ) -> TrainState:
-    """States [members, ...] before the first step."""
-    member = functools.partial(init_member, architecture=architecture, dtype=dtype, patient=patient)
-    return ensemble.map_members(member, mesh)(hyper)
+    """States [members, ...] before the first step; see `init_member`."""
+
+    def member(hyper: Hyperparams, center: jax.Array | None) -> TrainState:
+        return steps.init_member(hyper, architecture, dtype, patient, center)
+
+    return ensemble.map_members(member, mesh)(hyper, center)
 
 
 @functools.partial(
@@ -176,14 +104,14 @@ def train_chunk(
 
     Returns states and history [members, size], of which the first `count` columns are filled.
     """
-    steps = len(rows) // architecture.batch_size
+    batches = len(rows) // architecture.batch_size
     orders = lax.fori_loop(
         0,
         count,
         lambda i, orders: orders.at[i].set(
-            row_order(data_seed, start + i, len(rows), architecture)
+            steps.row_order(data_seed, start + i, len(rows), architecture)
         ),
-        jnp.zeros((size, steps, architecture.batch_size), jnp.int32),
+        jnp.zeros((size, batches, architecture.batch_size), jnp.int32),
     )
 
     def member(
@@ -197,22 +125,95 @@ def train_chunk(
     ) -> tuple[TrainState, History]:
         state, hyper = member
 
-        def epoch(i: jax.Array, carry: tuple[TrainState, History]) -> tuple[TrainState, History]:
-            state, history = carry
-            state, means = train_epoch(
-                state, hyper, rows, orders[i], validation, start + i, patience, architecture
+        def epoch(state: TrainState, i: jax.Array) -> tuple[TrainState, History]:
+            state, means = steps.take_steps(state, hyper, rows, orders[i], architecture)
+            return steps.close_epoch(
+                state, hyper, means, validation, start + i, patience, architecture
             )
+
+        def epoch_if_active(
+            i: jax.Array, carry: tuple[TrainState, History]
+        ) -> tuple[TrainState, History]:
+            state, history = carry
+            blank = steps.blank_history((), rows.dtype)
+            state, means = lax.cond(state.active, epoch, lambda state, _: (state, blank), state, i)
             return state, jax.tree.map(lambda h, m: h.at[i].set(m), history, means)
 
-        return lax.fori_loop(0, count, epoch, (state, blank_history((size,), rows.dtype)))
+        return lax.fori_loop(
+            0, count, epoch_if_active, (state, steps.blank_history((size,), rows.dtype))
+        )
 
     shared = (rows, validation, orders, jnp.asarray(start), count, patience)
     return ensemble.map_members(member, mesh)((states, hyper), *shared)
 
 
+@functools.partial(jax.jit, static_argnames=("architecture", "mesh"), donate_argnames="states")
+def train_buffer(
+    states: TrainState,
+    hyper: Hyperparams,
+    buffer: jax.Array,
+    order: jax.Array,
+    *,
+    architecture: Architecture,
+    mesh: Mesh,
+) -> tuple[TrainState, Metrics]:
+    """Every member over the batches buffer[order], order [steps, batch], of a stream.
+
+    Returns states and the steps' mean metrics [members], NaN of those that have stopped.
+    """
+
+    def member(
+        member: tuple[TrainState, Hyperparams], buffer: jax.Array, order: jax.Array
+    ) -> tuple[TrainState, Metrics]:
+        state, hyper = member
+        nan = jnp.full((), jnp.nan, buffer.dtype)
+        return lax.cond(
+            state.active,
+            lambda state: steps.take_steps(state, hyper, buffer, order, architecture),
+            lambda state: (state, Metrics(loss=nan, mse=nan, l1=nan, l0=nan)),
+            state,
+        )
+
+    return ensemble.map_members(member, mesh)((states, hyper), buffer, order)
+
+
+@functools.partial(jax.jit, static_argnames=("architecture", "mesh"), donate_argnames="states")
+def close_stream(
+    states: TrainState,
+    hyper: Hyperparams,
+    means: Metrics,
+    validation: jax.Array | None,
+    epoch: jax.Array,
+    patience: jax.Array,
+    *,
+    architecture: Architecture,
+    mesh: Mesh,
+) -> tuple[TrainState, History]:
+    """Every member after an epoch of a stream that had these mean metrics [members]."""
+
+    def member(
+        member: tuple[TrainState, Hyperparams, Metrics],
+        validation: jax.Array | None,
+        epoch: jax.Array,
+        patience: jax.Array,
+    ) -> tuple[TrainState, History]:
+        state, hyper, means = member
+        return lax.cond(
+            state.active,
+            lambda state: steps.close_epoch(
+                state, hyper, means, validation, epoch, patience, architecture
+            ),
+            lambda state: (state, steps.blank_history((), means.loss.dtype)),
+            state,
+        )
+
+    shared = (validation, jnp.asarray(epoch), patience)
+    return ensemble.map_members(member, mesh)((states, hyper, means), *shared)
+
+
 def train_bucket(
     hyper: Hyperparams,
-    rows: jax.Array,
+    rows: jax.Array | Stream,
     *,
     architecture: Architecture,
     mesh: Mesh,
@@ -221,6 +222,8 @@ def train_bucket(
     on_chunk: Callable[[int, float], None],
     validation: jax.Array | None = None,
     patience: int | None = None,
+    center: np.ndarray | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> Trained:
     """Train members that share an architecture, at most `epochs` passes over rows [rows, d_in].
 
@@ -228,54 +231,184 @@ def train_bucket(
 
     Args:
       hyper: [members, ...], members a multiple of the mesh.
-      rows, validation: on the device, normalised.
-      on_chunk: told the epochs of each finished chunk and the mean loss of the members that live.
+      rows, validation: normalised; on the device, or rows as a stream.
+      on_chunk: told the epochs of each finished chunk and the mean loss of the members that live;
+        of a resumed run first those of the checkpoint.
       patience: epochs without a lower loss after which a member stops; None: never.
+      center: [d_in], see `models.init`.
+      checkpoints: where it resumes from and leaves them; see there for what it raises.
     """
     patient = patience is not None
-    states = init_bucket(
-        hyper, architecture=architecture, mesh=mesh, dtype=rows.dtype, patient=patient
-    )
-    members = np.arange(len(hyper.seed))  # which member each row of `states` is
-    retired: dict[int, TrainState] = {}
-    history = jax.tree.map(np.array, blank_history((len(members), epochs), rows.dtype))
+    blank = functools.partial(_blank, hyper, architecture, mesh, rows.dtype, epochs, patient)
+    found = None if checkpoints is None else checkpoints.latest(jax.eval_shape(blank))
+    position = blank(center) if found is None else _padded(found, len(hyper.seed), mesh)
+    members, trained, done = position.members, position.trained, int(position.done)
+    states = position.states
+    if found is not None:
+        states, hyper = ensemble.put(states, mesh), ensemble.take(hyper, members, mesh)
+        on_chunk(done, _mean_loss(trained.history.loss[members, done - 1]))
     size = min(epochs, MAX_CHUNK_EPOCHS)
-    done, count = 0, 1
-    while done < epochs:
+    programs = {"architecture": architecture, "mesh": mesh}
+    advance = (
+        _streamed(rows, validation, patience or 0, range(done, epochs), **programs)
+        if isinstance(rows, Stream)
+        else _resident(rows, validation, data_seed, patience or 0, size, **programs)
+    )
+    count = 1
+    while done < epochs and np.asarray(states.active).any():
         began = time.perf_counter()
-        states, metrics = train_chunk(
-            states, hyper, rows, validation, data_seed, done, count, patience or 0,
-            architecture=architecture, mesh=mesh, size=size,
-        )  # fmt: skip
-        for whole, part in zip(jax.tree.leaves(history), jax.tree.leaves(metrics), strict=True):
+        states, metrics = advance(states, hyper, done, count)
+        for whole, part in zip(
+            jax.tree.leaves(trained.history), jax.tree.leaves(metrics), strict=True
+        ):
             whole[members, done : done + count] = np.asarray(part)[:, :count]
         done += count
-        last = history.loss[members, done - 1]
-        alive = last[np.isfinite(last)]
-        on_chunk(count, float(alive.mean()) if alive.size else float("nan"))
+        on_chunk(count, _mean_loss(trained.history.loss[members, done - 1]))
         per_epoch = (time.perf_counter() - began) / count
         count = int(np.clip(CHUNK_SECONDS / per_epoch, 1, min(size, max(1, epochs - done))))
         active = np.asarray(states.active)
-        if not active.any():
-            break
-        keep = ensemble.compacted(active, mesh)
+        keep = ensemble.compacted(active, mesh) if active.any() else None
         if keep is not None:
-            retired |= _unstack(jax.device_get(states), members)
+            _settle(trained, states, members)
             states, hyper = (ensemble.take(tree, keep, mesh) for tree in (states, hyper))
             members = members[keep]
-    retired |= _unstack(jax.device_get(states), members)
-    final = jax.tree.map(lambda *leaves: np.stack(leaves), *(retired[m] for m in sorted(retired)))
-    return Trained(
-        params=final.best.params if patient else final.params,
-        diverged=final.diverged,
-        best_epoch=final.best.epoch if patient else None,
+        if checkpoints is not None and checkpoints.due():
+            checkpoints.save(done, _held(states, members, trained, done, checkpoints.members))
+    _settle(trained, states, members)
+    return trained
+
+
+def _resident(
+    rows: jax.Array,
+    validation: jax.Array | None,
+    data_seed: int,
+    patience: int,
+    size: int,
+    **programs: Any,
+) -> Advance:
+    """Epochs of rows that lie on the device."""
+
+    def advance(
+        states: TrainState, hyper: Hyperparams, start: int, count: int
+    ) -> tuple[TrainState, History]:
+        return train_chunk(
+            states, hyper, rows, validation, data_seed, start, count, patience,
+            size=size, **programs,
+        )  # fmt: skip
+
+    return advance
+
+
+def _streamed(
+    rows: Stream, validation: jax.Array | None, patience: int, epochs: range, **programs: Any
+) -> Advance:
+    """Epochs of a stream, which it reads in this order and once."""
+    buffers = rows.buffers(epochs)
+
+    def epoch(states: TrainState, hyper: Hyperparams, number: int) -> tuple[TrainState, History]:
+        means, weights = [], []
+        for _ in range(rows.buffers_of_epoch):
+            buffer, order = next(buffers)
+            states, metrics = train_buffer(states, hyper, buffer, order, **programs)
+            means.append(jax.device_get(metrics))  # waits, so that no more than two buffers exist
+            weights.append(len(order))
+        dtype = means[0].loss.dtype
+        mean = jax.tree.map(
+            lambda *parts: np.average(parts, axis=0, weights=weights).astype(dtype), *means
+        )
+        return close_stream(states, hyper, mean, validation, number, patience, **programs)
+
+    def advance(
+        states: TrainState, hyper: Hyperparams, start: int, count: int
+    ) -> tuple[TrainState, History]:
+        found = []
+        for number in range(start, start + count):
+            states, history = epoch(states, hyper, number)
+            found.append(jax.device_get(history))
+        return states, jax.tree.map(lambda *parts: np.stack(parts, axis=1), *found)
+
+    return advance
+
+
+def _blank(
+    hyper: Hyperparams,
+    architecture: Architecture,
+    mesh: Mesh,
+    dtype: Any,
+    epochs: int,
+    patient: bool,
+    center: np.ndarray | None = None,
+) -> Position:
+    """Before the first step."""
+    states = init_bucket(
+        hyper, center, architecture=architecture, mesh=mesh, dtype=dtype, patient=patient
+    )
+    members = len(hyper.seed)
+    history = steps.blank_history((members, epochs), dtype)
+    trained = Trained(
+        params=states.params,
+        diverged=states.diverged,
+        best_epoch=states.step if patient else None,
         history=history,
+    )
+    return Position(
+        states=states,
+        members=np.arange(members),
+        done=np.asarray(0),
+        trained=jax.tree.map(_blank_copy, trained),
     )
 
 
-def _unstack(states: TrainState, members: np.ndarray) -> dict[int, TrainState]:
-    """States [rows, ...] on the host, by member."""
-    return {
-        int(member): jax.tree.map(lambda leaf, row=row: leaf[row], states)
-        for row, member in enumerate(members)
-    }
+def _blank_copy(leaf: Any) -> Any:
+    """On the host, to be filled: NaN, or zeros where there is none."""
+    blank = np.nan if jnp.issubdtype(leaf.dtype, jnp.floating) else 0
+    return np.full(leaf.shape, blank, leaf.dtype)
+
+
+def _settle(trained: Trained, states: TrainState, members: np.ndarray) -> None:
+    """Write into `trained` what `states` has of these members."""
+    states = jax.device_get(states)
+    patient = states.best is not None
+    found = Trained(
+        params=states.best.params if patient else states.params,
+        diverged=states.diverged,
+        best_epoch=states.best.epoch if patient else None,
+        history=None,
+    )
+    for whole, part in zip(
+        jax.tree.leaves(trained.replace(history=None)), jax.tree.leaves(found), strict=True
+    ):
+        whole[members] = part
+
+
+def _held(
+    states: TrainState, members: np.ndarray, trained: Trained, done: int, real: int
+) -> Position:
+    """A checkpoint's content: rows once each, and nothing of members that only fill the devices."""
+    unique, rows = np.unique(members, return_index=True)
+    rows = rows[unique < real]
+    return Position(
+        states=jax.tree.map(lambda leaf: np.asarray(leaf)[rows], states),
+        members=members[rows],
+        done=np.asarray(done),
+        trained=jax.tree.map(lambda leaf: leaf[:real], trained),
+    )
+
+
+def _padded(held: Position, total: int, mesh: Mesh) -> Position:
+    """`_held` undone, on as many devices as there are now."""
+    rows = len(held.members)
+    rows = np.pad(np.arange(rows), (0, -rows % mesh.size), mode="edge")
+    every = np.arange(total).clip(max=len(held.trained.diverged) - 1)
+    return Position(
+        states=jax.tree.map(lambda leaf: leaf[rows], held.states),
+        members=held.members[rows],
+        done=held.done,
+        trained=jax.tree.map(lambda leaf: leaf[every], held.trained),
+    )
+
+
+def _mean_loss(losses: np.ndarray) -> float:
+    """Of the members that live; NaN if none does."""
+    alive = losses[np.isfinite(losses)]
+    return float(alive.mean()) if alive.size else float("nan")

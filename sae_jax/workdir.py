@@ -4,6 +4,7 @@ configs.json                what was asked: every configuration, epochs, seeds, 
 dictionaries/<member>/      cfg.json and sae_weights.safetensors; none where it diverged
 history.parquet             one row per member and epoch
 results.parquet             one row per finished member; written last, so what it names is whole
+checkpoints/<member>/       of the program in training whose first member this is
 """
 
 import dataclasses
@@ -104,6 +105,16 @@ class Workdir:
     def folder(self, position: int) -> Path:
         """Where a member's dictionary lies."""
         return self.path / "dictionaries" / f"{position:04d}"
+
+    def checkpoints(self, first: int) -> Path:
+        """Where those of the program lie whose first member is at this position."""
+        return self.path / "checkpoints" / f"{first:04d}"
+
+    def keep_checkpoints(self, firsts: list[int]) -> None:
+        """Delete those of all other programs: killed after they finished."""
+        kept = {self.checkpoints(first) for first in firsts}
+        for folder in set((self.path / "checkpoints").glob("*")) - kept:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def tables(members: dict[int, Member]) -> tuple["pd.DataFrame", "pd.DataFrame"]:

@@ -20,15 +20,24 @@ STATIC = {
     "init": "tied",
     "reduction": "mean",
     "input_normalization": "zscore",
+    "center": "geometric_median",
+    "nesting": "matryoshka",
+    "levels": 2,
     "auxiliary": "auxk",
+    "resampling": "bricken",
     "schedule": "cosine",
     "clipping": "norm",
+    "decay": "decoupled",
     "batch_size": 64,
 }
 TRACED = {
     "learning_rate": 0.5, "lr_warmup": 3, "l1_weight": 0.5, "l1_warmup": 4, "k": 7, "k_aux": 5,
     "aux_weight": 0.1, "dead_steps": 9, "clip_norm": 2.0, "seed": 3, "name": "other",
+    "l0_weight": 0.2, "l0_warmup": 3, "bandwidth": 0.1, "initial_threshold": 0.1,
+    "resample_every": 7, "weight_decay": 0.1,
 }  # fmt: skip
+# A choice that k rules out, and its field.
+CONTROL = {"sparsity_control": "target_l0", "target_l0": 2.5}
 
 
 def config(**fields: Any) -> SAEConfig:
@@ -68,7 +77,7 @@ def test_k_percent_is_truncated_and_at_least_one(n_latents: int, percent: float)
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_any_field_may_be_given_beside_a_preset(preset: str) -> None:
-    values = {"k_percent": 10, "k": 2, "l1_weight": 0.1}
+    values = {"k_percent": 10, "k": 2, "l1_weight": 0.1, "l0_weight": 0.1, "target_l0": 3}
     needed = {name: values[name] for name in preset_fields(preset)[1]}
     made = SAEConfig.preset(preset, **SIZE, **needed, seed=9, decoder_norm="unit", batch_size=7)
     assert (made.seed, made.decoder_norm, made.batch_size) == (9, "unit", 7)
@@ -121,6 +130,20 @@ def test_presets_refuse(preset: str, fields: dict[str, Any], message: str) -> No
             for value in (0, 21, 2.0, True, "2")
         ],
         ({"k": 3}, "^k=3 has no meaning for activation='relu'"),
+        ({"activation": "batch_topk"}, "activation='batch_topk' needs k"),
+        ({"target_l0": 3}, "^target_l0=3 has no meaning for sparsity_control='none'"),
+        *[
+            ({**CONTROL, "l1_weight": 1, "target_l0": value}, "target_l0")
+            for value in (None, 0, -1, 21, math.nan, "3", True)
+        ],
+        (CONTROL, "needs l1_weight above 0"),
+        ({**CONTROL, "activation": "jump_relu"}, "needs l0_weight above 0"),
+        ({**CONTROL, "activation": "topk", "k": 3}, "k decides the L0"),
+        ({"center": "geometric_median"}, "center='geometric_median'.*there is none"),
+        ({"activation": "gated", "auxiliary": "auxk"}, "auxk is not defined"),
+        ({"nesting": "matryoshka", "levels": 6}, "levels=6: 20 latents .* at most 5"),
+        ({"bandwidth": 0}, "^bandwidth=0.0 must be finite and above 0"),
+        ({"resample_every": 0}, "^resample_every=0 must be an integer at least 1"),
         ({"pre_bias": "tied", "decoder_bias": "none"}, "pre_bias='tied'.*decoder_bias is 'none'"),
     ],
 )
@@ -152,13 +175,14 @@ def test_bounds_are_inclusive() -> None:
     [
         config(),
         config(**{**STATIC, **TRACED}),
+        config(l1_weight=0.1, **CONTROL),
         SAEConfig.preset("topk_schuster", **SIZE, k_percent=7),
         SAEConfig.preset("bricken", **SIZE, l1_weight=1e-17),
     ],
 )
 def test_dictionary_of_fields_round_trips_through_json(made: SAEConfig) -> None:
     fields = json.loads(json.dumps(made.to_dict()))
-    assert set(fields) == {*STATIC, *TRACED}
+    assert set(fields) == {*STATIC, *TRACED, *CONTROL}
     again = SAEConfig.from_dict(fields)
     assert again == made
     assert hash(again) == hash(made)
@@ -173,7 +197,10 @@ def test_from_dict_refuses_unknown_and_absent_fields() -> None:
 
 def test_architecture_holds_the_static_fields_and_no_others() -> None:
     base = config(activation="topk", k=3)
-    assert {field.name for field in dataclasses.fields(base.architecture)} == set(STATIC)
+    assert {field.name for field in dataclasses.fields(base.architecture)} == {
+        *STATIC,
+        "sparsity_control",
+    }
     assert type(base.architecture) is Architecture
     for field, value in TRACED.items():
         with_aux = dataclasses.replace(base, auxiliary="auxk")
@@ -182,7 +209,9 @@ def test_architecture_holds_the_static_fields_and_no_others() -> None:
         assert other.architecture == with_aux.architecture
         assert hash(other.architecture) == hash(with_aux.architecture)
     for field, value in STATIC.items():
-        changes = {"activation": "relu", "k": None} if field == "activation" else {field: value}
+        changes = {"activation": {"activation": "relu", "k": None}}.get(field, {field: value})
+        if field == "center":
+            changes["pre_bias"] = "free"
         other = dataclasses.replace(base, **changes)
         assert other.architecture != base.architecture
 

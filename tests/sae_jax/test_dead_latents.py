@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sae_jax import SAEConfig, models, objectives, trainer
+from sae_jax import SAEConfig, models, objectives, steps
 from sae_jax.state import Params, hyperparams
 
 D, N = 5, 12
@@ -74,11 +74,11 @@ def test_it_equals_torch(reduction: str) -> None:
 def test_a_latent_is_dead_after_so_many_idle_steps_and_not_when_it_fires() -> None:
     config, _ = setting()
     hyper = hyperparams(config, jnp.float32)
-    state = trainer.init_member(hyper, config.architecture, jnp.float32)
+    state = steps.init_member(hyper, config.architecture, jnp.float32)
     expected = np.zeros(N, int)
     for _ in range(5):
         before = models.encode(state.params, hyper, jnp.asarray(X[:4]), config.architecture)
-        state, _ = trainer.step(state, hyper, jnp.asarray(X[:4]), config.architecture)
+        state, _ = steps.step(state, hyper, jnp.asarray(X[:4]), config.architecture)
         fired = np.asarray(before > 0).any(axis=0)
         expected = np.where(fired, 0, expected + 1)
         np.testing.assert_array_equal(state.idle, expected)

@@ -22,7 +22,7 @@ X = (np.random.default_rng(1).normal(size=(1500, D)) * 3 + 2).astype(np.float32)
 
 def build(dtype: type = np.float32, preset: str = "vanilla", **fields: Any) -> Dictionary:
     """Random weights: what is saved and loaded need not be trained."""
-    values = {"k_percent": 20, "k": 3, "l1_weight": 0.01}
+    values = {"k_percent": 20, "k": 3, "l1_weight": 0.01, "l0_weight": 0.1, "target_l0": 3}
     needed = {name: values[name] for name in preset_fields(preset)[1]}
     config = SAEConfig.preset(preset, d_in=D, n_latents=N, **needed, **fields)
     rng = np.random.default_rng(0)
@@ -37,6 +37,10 @@ def build(dtype: type = np.float32, preset: str = "vanilla", **fields: Any) -> D
         decoder_bias=draw(D) if config.decoder_bias == "free" else None,
         pre_bias=draw(D) if config.pre_bias == "free" else None,
     )
+    if config.activation in ("jump_relu", "batch_topk"):
+        params = params.replace(log_threshold=draw(N if config.activation == "jump_relu" else 1))
+    if config.activation == "gated":
+        params = params.replace(magnitude_gain=draw(N), magnitude_bias=draw(N))
     normalizer = None
     if config.input_normalization != "none":
         normalizer = Normalizer(mean=draw(D), scale=np.abs(draw(D)) + dtype(0.5))
@@ -89,8 +93,13 @@ def by_numpy(made: Dictionary, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     if made.config.pre_bias == "tied":
         y = y - p.decoder_bias
     pre = y @ p.encoder + p.encoder_bias
-    if made.config.k is not None:
+    if made.config.activation == "topk":
         pre = np.where(pre >= np.sort(pre, axis=1)[:, [-made.config.k]], pre, 0)
+    elif p.log_threshold is not None:
+        pre = np.where(pre > np.exp(p.log_threshold), pre, 0)
+    elif made.config.activation == "gated":
+        magnitude = (y @ p.encoder) * np.exp(p.magnitude_gain) + p.magnitude_bias
+        pre = np.where(pre > 0, magnitude, 0)
     z = np.maximum(pre, 0)
     out = z @ p.decoder + (0 if p.decoder_bias is None else p.decoder_bias)
     if made.normalizer is not None:

@@ -30,7 +30,7 @@ def loss(
     hyper = hyperparams(config, jnp.float32)
     params = jax.tree.map(jnp.asarray, params)
     architecture = dataclasses.replace(TINY, reduction=reduction)
-    value, (metrics, _) = objectives.loss(params, hyper, jnp.asarray(x), architecture)
+    value, (metrics, *_) = objectives.loss(params, hyper, jnp.asarray(x), architecture)
     return value, metrics
 
 

@@ -16,7 +16,7 @@ FEW = X[:50]
 
 def build(dtype: type = np.float32, **choices: Any) -> Dictionary:
     """Random weights under the given choices of a config."""
-    if choices.get("activation") == "topk":
+    if choices.get("activation") in ("topk", "batch_topk"):
         choices.setdefault("k", 4)
     config = SAEConfig(d_in=D, n_latents=N, **choices)
     rng = np.random.default_rng(0)
@@ -31,6 +31,10 @@ def build(dtype: type = np.float32, **choices: Any) -> Dictionary:
         decoder_bias=draw(D) if config.decoder_bias == "free" else None,
         pre_bias=draw(D) if config.pre_bias == "free" else None,
     )
+    if config.activation in ("jump_relu", "batch_topk"):
+        params = params.replace(log_threshold=draw(N if config.activation == "jump_relu" else 1))
+    if config.activation == "gated":
+        params = params.replace(magnitude_gain=draw(N), magnitude_bias=draw(N))
     if config.decoder_norm == "unit":
         norms = np.linalg.norm(params.decoder, axis=1, keepdims=True)
         params = params.replace(decoder=params.decoder / norms)
@@ -53,7 +57,7 @@ VARIANTS = [
         zip(("activation", "pre_bias", "input_normalization", "decoder_bias"), values, strict=True)
     )
     for values in itertools.product(
-        ("relu", "topk"),
+        CHOICES["activation"],
         CHOICES["pre_bias"],
         CHOICES["input_normalization"],
         CHOICES["decoder_bias"],

@@ -234,10 +234,10 @@ def test_validation_rows_change_no_training(plain: Run) -> None:
     pd.testing.assert_frame_equal(without.results, plain.results[columns])
 
 
-def test_progress_counts_the_epochs_of_all_members(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_counts_the_steps_of_all_members(capsys: pytest.CaptureFixture[str]) -> None:
     train(progress=True)
     printed = capsys.readouterr()
-    assert "15/15" in printed.err
+    assert "45.0/45.0" in printed.err
     assert printed.out == ""
 
 
@@ -340,7 +340,7 @@ def test_other_settings_or_data_are_refused_with_the_difference(
     assert {p: p.read_bytes() for p in run_folder.rglob("*") if p.is_file()} == before
 
 
-class PreemptedError(Exception):
+class PreemptedError(BaseException):
     pass
 
 

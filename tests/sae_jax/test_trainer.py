@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sae_jax import SAEConfig, distributed, ensemble, models, trainer
+from sae_jax import SAEConfig, distributed, ensemble, models, steps, trainer
 
 CONFIGS = [
     SAEConfig(d_in=3, n_latents=7, batch_size=8, l1_weight=l1, seed=seed, learning_rate=0.01)
@@ -50,7 +50,7 @@ def test_an_epoch_takes_every_row_at_most_once_and_full_batches_only(rows: int) 
     architecture = CONFIGS[0].architecture
     seen = []
     for epoch in range(3):
-        order = np.asarray(trainer.row_order(3, epoch, rows, architecture))
+        order = np.asarray(steps.row_order(3, epoch, rows, architecture))
         assert order.shape == (rows // 8, 8)
         assert len(np.unique(order)) == order.size
         assert order.min() >= 0
@@ -61,24 +61,24 @@ def test_an_epoch_takes_every_row_at_most_once_and_full_batches_only(rows: int) 
 
 def test_the_order_of_rows_depends_on_the_data_seed_and_the_epoch_alone() -> None:
     architecture = CONFIGS[0].architecture
-    order = np.asarray(trainer.row_order(3, 5, 45, architecture)).ravel()
+    order = np.asarray(steps.row_order(3, 5, 45, architecture)).ravel()
     for other in (
         dataclasses.replace(architecture, n_latents=900, activation="topk", d_in=17),
         dataclasses.replace(architecture, batch_size=5),
     ):
-        changed = np.asarray(trainer.row_order(3, 5, 45, other)).ravel()
+        changed = np.asarray(steps.row_order(3, 5, 45, other)).ravel()
         np.testing.assert_array_equal(changed[: order.size], order[: changed.size])
     with jax.enable_x64(True):
-        wide = np.asarray(trainer.row_order(3, 5, 45, architecture)).ravel()
+        wide = np.asarray(steps.row_order(3, 5, 45, architecture)).ravel()
     np.testing.assert_array_equal(wide, order)
     for seed, epoch in ((4, 5), (3, 6), (5, 3)):
-        changed = np.asarray(trainer.row_order(seed, epoch, 45, architecture)).ravel()
+        changed = np.asarray(steps.row_order(seed, epoch, 45, architecture)).ravel()
         assert np.any(changed != order)
 
 
 def test_rows_that_are_left_out_differ_between_epochs() -> None:
     architecture = CONFIGS[0].architecture
-    taken = [set(np.ravel(trainer.row_order(0, e, 45, architecture)).tolist()) for e in range(20)]
+    taken = [set(np.ravel(steps.row_order(0, e, 45, architecture)).tolist()) for e in range(20)]
     assert all(len(rows) == 40 for rows in taken)
     assert set.union(*taken) == set(range(45))
 

@@ -1,0 +1,179 @@
+"""Where a bucket stands, on disk while it trains; the only file that knows Orbax.
+
+<folder>/<step>/     one checkpoint: the leaves of a pytree by name, and what they were saved of
+
+Orbax writes a checkpoint aside and renames it, but it detects no damage, and raises where a file is
+cut: so each carries the SHA-256 of its leaves, and what cannot be read whole is skipped, with a
+warning, for the one before it.
+"""
+
+import contextlib
+import hashlib
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+
+KEPT = 2  # of each bucket: the latest, and one to fall back on
+
+
+class Preempted(SystemExit):
+    """The process was asked to end, and what it had done is on disk. Exits as SIGTERM does."""
+
+    def __init__(self) -> None:
+        super().__init__(128 + signal.SIGTERM)
+
+
+class Preemption:
+    """Whether SIGTERM has come since `watched` began."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator["Preemption"]:
+        """Takes SIGTERM, where nobody else does (other handlers and other threads are let be)."""
+        ours = (
+            threading.current_thread() is threading.main_thread()
+            and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        )
+        if ours:
+            signal.signal(signal.SIGTERM, self._note)
+        try:
+            yield self
+        finally:
+            if ours:
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def _note(self, *_: Any) -> None:
+        self.asked = True
+
+
+class Checkpoints:
+    """Those of ONE bucket.
+
+    Args:
+      folder: theirs alone.
+      members: positions of the bucket's configurations in the run, which checkpoints must agree in.
+      every: seconds between them.
+      preemption: on SIGTERM one is written at once, and `Preempted` raised.
+    """
+
+    def __init__(
+        self, folder: Path, members: list[int], every: float, preemption: Preemption
+    ) -> None:
+        self.folder = folder
+        self.positions = members
+        self.every = every
+        self.preemption = preemption
+        self.last = time.monotonic()
+
+    @property
+    def members(self) -> int:
+        """How many configurations the bucket has."""
+        return len(self.positions)
+
+    def due(self) -> bool:
+        """Whether it is time for the next one."""
+        return self.preemption.asked or time.monotonic() - self.last >= self.every
+
+    def save(self, step: int, tree: Any) -> None:
+        """Writes one. If the disk refuses, that is said and training goes on.
+
+        Raises:
+          Preempted: after it is written, if SIGTERM has come.
+        """
+        leaves = _named(jax.device_get(tree))
+        about = {
+            "members": self.positions,
+            "leaves": {name: [list(leaf.shape), str(leaf.dtype)] for name, leaf in leaves.items()},
+            "sha256": _digest(leaves),
+        }
+        content = ocp.args.Composite(
+            leaves=ocp.args.StandardSave(leaves), about=ocp.args.JsonSave(about)
+        )
+        try:
+            with self._manager() as manager:
+                manager.save(step, args=content, force=True)
+                manager.wait_until_finished()
+        except Exception as error:  # Orbax raises many kinds, of which none may end a sweep
+            logging.warning("no checkpoint could be written to %s: %s", self.folder, error)
+        self.last = time.monotonic()
+        if self.preemption.asked:
+            logging.warning("SIGTERM: stopped at epoch %d of this program; it can go on", step)
+            raise Preempted
+
+    def latest(self, template: Any) -> Any | None:
+        """The newest that can be read, in the structure of `template`; None if there is none."""
+        if not self.folder.is_dir():
+            return None
+        with self._manager() as manager:
+            for step in sorted(manager.all_steps(), reverse=True):
+                try:
+                    leaves = self._read(manager, step)
+                except Exception as error:  # as above
+                    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                    logging.warning("checkpoint %s/%d is skipped: %s", self.folder, step, reason)
+                    continue
+                names = [jax.tree_util.keystr(path) for path, _ in _paths(template)]
+                if set(names) != set(leaves):
+                    logging.warning(
+                        "checkpoint %s/%d is skipped: it is of another version", self.folder, step
+                    )
+                    continue
+                structure = jax.tree.structure(template)
+                return jax.tree.unflatten(structure, [leaves[name] for name in names])
+        return None
+
+    def _read(self, manager: ocp.CheckpointManager, step: int) -> dict[str, np.ndarray]:
+        about = manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))[
+            "about"
+        ]
+        if about["members"] != self.positions:
+            raise ValueError("it is of other configurations")
+        target = {
+            name: np.empty(shape, np.dtype(dtype))
+            for name, (shape, dtype) in about["leaves"].items()
+        }
+        content = ocp.args.Composite(leaves=ocp.args.StandardRestore(target))
+        leaves = manager.restore(step, args=content)["leaves"]
+        leaves = {name: np.array(leaf) for name, leaf in leaves.items()}
+        if _digest(leaves) != about["sha256"]:
+            raise ValueError("its values are not those that were saved")
+        return leaves
+
+    def _manager(self) -> ocp.CheckpointManager:
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=KEPT, enable_async_checkpointing=False, create=True
+        )
+        return ocp.CheckpointManager(self.folder.absolute(), options=options)
+
+    def remove(self) -> None:
+        """When the bucket's results are on disk."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # others may be there
+            self.folder.parent.rmdir()
+
+
+def _paths(tree: Any) -> list[tuple[Any, Any]]:
+    return jax.tree_util.tree_flatten_with_path(tree)[0]
+
+
+def _named(tree: Any) -> dict[str, np.ndarray]:
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in _paths(tree)}
+
+
+def _digest(leaves: dict[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(leaves):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(leaves[name]))
+    return digest.hexdigest()
