@@ -16,7 +16,7 @@ from scipy import sparse
 
 from sae_jax import files
 
-PRESET_STYLE = ("o", "s", "^", "D", "v", "P")
+PRESET_STYLE = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p")
 GREY = "#d5d5d5"
 
 
@@ -162,3 +162,26 @@ def _label_panel(axes: Axes, xy: np.ndarray, labels: pd.Series, size: float) -> 
             fontsize=5.5, frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, 0.0),
             markerscale=max(1.0, 4 / size**0.5), handletextpad=0.1, columnspacing=0.8,
         )  # fmt: skip
+
+
+def training(history: pd.DataFrame) -> Figure:
+    """Loss and L0 by epoch of every member of `history`; dashed: of the held-out rows."""
+    figure = Figure(figsize=(8.4, 3.6), layout="constrained")
+    loss, l0 = figure.subplots(1, 2)
+    for member, rows in history.groupby("member"):
+        (line,) = loss.plot(rows["epoch"], rows["loss"], linewidth=1.4, label="training")
+        held_out = rows["validation_loss"]
+        if held_out.notna().any():
+            loss.plot(
+                rows["epoch"], held_out, linestyle="--", linewidth=1.4, color=line.get_color(),
+                label="held-out rows",
+            )  # fmt: skip
+        l0.plot(rows["epoch"], rows["l0"], linewidth=1.4, color=line.get_color(), label=str(member))
+    positive = (history[["loss", "validation_loss"]].min() > 0).any()
+    loss.set(xlabel="epoch", ylabel="loss", yscale="log" if positive else "linear")
+    l0.set(xlabel="epoch", ylabel="active latents a row (L0)", ylim=(0, None))
+    if history["member"].nunique() == 1:
+        loss.legend(frameon=False)
+    for axes in (loss, l0):
+        axes.grid(alpha=0.25)
+    return figure

@@ -16,6 +16,7 @@ from sae_jax import InputError, distributed
 
 PROGRAMS = {
     "quickstart": "cells and an embedding in; named features, tables, figures and a report out",
+    "train": "an embedding and one configuration in; a dictionary and its metrics out",
     "sweep": "an embedding in; a dictionary per configuration, their metrics and frontier out",
 }
 
@@ -59,6 +60,7 @@ def launch(
         for chatty in ("jax", "anndata"):
             python_logging.getLogger(chatty).setLevel(python_logging.WARNING)
         distributed.use_all_cpu_cores()
+        distributed.use_compilation_cache()
         try:
             program()
         except InputError as error:

@@ -1,5 +1,6 @@
 """A bucket from configurations to finished members: normalise, train, measure."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,39 +9,44 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
-from sae_jax import data, distributed, ensemble, metrics, models, steps, trainer
+from sae_jax import data, distributed, ensemble, metrics, models, steps, streaming, trainer
 from sae_jax.center import geometric_median
 from sae_jax.checkpoint import Checkpoints
-from sae_jax.config import SAEConfig
+from sae_jax.config import Architecture, SAEConfig
 from sae_jax.dictionary import Dictionary
-from sae_jax.state import Normalizer
+from sae_jax.feeds import Stream
+from sae_jax.state import History, Normalizer
+from sae_jax.streaming import Rows
 from sae_jax.workdir import Member
 
 
 def train(
     configs: list[SAEConfig],
-    rows: np.ndarray,
-    validation: np.ndarray | None,
+    rows: np.ndarray | Rows,
+    held_out: dict[str, np.ndarray],
     provenance: dict[str, Any],
     bar: tqdm,
     checkpoints: Checkpoints | None = None,
+    on_history: Callable[[np.ndarray, int, History], None] | None = None,
 ) -> list[Member]:
     """Train and measure configurations that share an architecture.
 
     Args:
-      rows, validation: [rows, d_in], as they come.
-      provenance: of the dictionaries; `epochs`, `data_seed` and `patience` in it are obeyed.
+      rows: [rows, d_in], as they come; `Rows` are streamed.
+      held_out: further rows by name, measured too; those of `validation` after every epoch.
+      provenance: of the dictionaries; `epochs`, `data_seed`, `patience` and, of a stream,
+        `resident_bytes` in it are obeyed.
       bar: in steps of single configurations.
     """
     architecture = configs[0].architecture
     mesh = distributed.member_mesh(len(configs))
     normalizer = data.fit_normalizer(rows, architecture.input_normalization)
-    inputs = models.normalize(jnp.asarray(rows), normalizer)
-    held_out = None
-    if validation is not None:
-        held_out = models.normalize(jnp.asarray(validation), normalizer)
-    epochs = provenance["epochs"]
     batches = len(rows) // architecture.batch_size
+    inputs = _inputs(rows, normalizer, architecture, provenance)
+    validation = held_out.get("validation")
+    if validation is not None:
+        validation = models.normalize(jnp.asarray(validation), normalizer)
+    epochs = provenance["epochs"]
     hyper = ensemble.stack_hyperparams(configs, mesh, inputs.dtype, epochs * batches)
     center = None
     if architecture.center == "geometric_median":
@@ -53,22 +59,43 @@ def train(
 
     trained = trainer.train_bucket(
         hyper, inputs, architecture=architecture, mesh=mesh, epochs=epochs,
-        data_seed=provenance["data_seed"], on_chunk=on_chunk, validation=held_out,
+        data_seed=provenance["data_seed"], on_chunk=on_chunk, validation=validation,
         patience=provenance["patience"], center=center, checkpoints=checkpoints,
+        on_history=on_history,
     )  # fmt: skip
     bar.update(begun + epochs * batches * len(configs) - bar.n)  # all have stopped early, perhaps
     measured = {}
-    for split, x in {"train": rows, "validation": validation}.items():
-        if x is not None:
-            values = metrics.evaluate(
-                trained.params, hyper, x, normalizer, architecture=architecture, mesh=mesh
-            )
-            measured |= {f"{split}_{name}": value for name, value in values.items()}
+    for split, x in {"train": rows, **held_out}.items():
+        values = metrics.evaluate(
+            trained.params, hyper, x, normalizer, architecture=architecture, mesh=mesh
+        )
+        measured |= {f"{split}_{name}": value for name, value in values.items()}
 
     return [
         _member(i, config, trained, measured, normalizer, provenance)
         for i, config in enumerate(configs)
     ]
+
+
+def _inputs(
+    rows: np.ndarray | Rows,
+    normalizer: Normalizer | None,
+    architecture: Architecture,
+    provenance: dict[str, Any],
+) -> jax.Array | Stream:
+    """Normalised, on the device if they were read into memory, else as a stream."""
+    if not isinstance(rows, Rows):
+        return models.normalize(jnp.asarray(rows), normalizer)
+    row_bytes = rows.shape[1] * rows.dtype.itemsize
+    size = streaming.buffer_rows(provenance["resident_bytes"], row_bytes, architecture.batch_size)
+    plan = streaming.Plan(
+        rows=len(rows),
+        batch_size=architecture.batch_size,
+        block=max(streaming.BLOCK, rows.chunk_rows),
+        buffer_rows=size,
+        data_seed=provenance["data_seed"],
+    )
+    return Stream(rows, plan, normalizer)
 
 
 def _member(

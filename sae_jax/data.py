@@ -1,5 +1,6 @@
-"""Rows to train on: checks, splits and normalisation."""
+"""Rows to train on: where they are read from, checks, splits and normalisation."""
 
+import dataclasses
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -9,27 +10,28 @@ import scipy.sparse
 
 from sae_jax.errors import InputError
 from sae_jax.state import Normalizer
+from sae_jax.streaming import Csr, Rows, check_matrix, encoding, float_dtype, readable
+
+_SPLITS = {name: name for name in ("train", "validation", "test")}
+_SPLITS |= {"val": "validation", "valid": "validation"}
 
 
-def check_rows(x: Any, name: str, *, d_in: int | None = None) -> np.ndarray:
+def check_rows(x: Any, name: str, *, d_in: int | None = None) -> Any:
     """`x` as a C-ordered floating array [rows, d_in]; float32 unless it is float64 already.
+
+    `Rows` are looked through by `scan` and stay what they are.
 
     Raises:
       InputError: not two-dimensional, not numbers, of another width than d_in, empty, or with NaN
         or infinite values (how many, in which rows first).
     """
-    if scipy.sparse.issparse(x):
-        raise InputError(f"{name} is sparse; give a dense array, {name}.toarray() say")
-    x = np.asarray(x)
-    if x.ndim != 2:
-        raise InputError(f"{name} has shape {x.shape}; it must be [rows, dimensions]")
-    if not (np.issubdtype(x.dtype, np.number) and np.isrealobj(x)):
-        raise InputError(f"{name} has dtype {x.dtype}; it must hold real numbers")
-    if d_in is not None and x.shape[1] != d_in:
-        raise InputError(f"{name} has {x.shape[1]} dimensions, the dictionary has d_in={d_in}")
-    if x.size == 0:
-        raise InputError(f"{name} is empty: shape {x.shape}")
-    x = np.ascontiguousarray(x, x.dtype if x.dtype == np.float64 else np.float32)
+    if not (isinstance(x, Rows) or scipy.sparse.issparse(x)):
+        x = np.asarray(x)
+    check_matrix(x, name, d_in)
+    if isinstance(x, Rows):
+        scan(x, name)
+        return x
+    x = np.ascontiguousarray(x, float_dtype(x.dtype))
     finite = np.isfinite(x)
     if not finite.all():
         raise not_finite(name, np.nonzero(~finite)[0], len(x))
@@ -39,10 +41,14 @@ def check_rows(x: Any, name: str, *, d_in: int | None = None) -> np.ndarray:
 def not_finite(name: str, positions: np.ndarray, rows: int) -> InputError:
     """The refusal of values that are NaN or infinite; `positions` has the row of each."""
     where = np.unique(positions)
-    first = ", ".join(map(str, where[:5])) + (", ..." if len(where) > 5 else "")
+    return _not_finite(name, len(positions), len(where), where[:5], rows)
+
+
+def _not_finite(name: str, values: int, bad: int, first: Any, rows: int) -> InputError:
+    where = ", ".join(map(str, first)) + (", ..." if bad > 5 else "")
     return InputError(
-        f"{name} holds {len(positions)} NaN or infinite values in {len(where)} of "
-        f"{rows} rows (rows {first}); remove or repair those rows"
+        f"{name} holds {values} NaN or infinite values in {bad} of "
+        f"{rows} rows (rows {where}); remove or repair those rows"
     )
 
 
@@ -53,92 +59,238 @@ def split(rows: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray
     return np.sort(order[held_out:]), np.sort(order[:held_out])
 
 
-def fit_normalizer(x: np.ndarray, kind: str) -> Normalizer | None:
+def split_by(labels: Any) -> dict[str, np.ndarray]:
+    """Sorted positions of "train", "validation" and "test" by a label for each row [rows].
+
+    Case does not matter; val and valid mean validation; what no row is named is empty.
+
+    Raises:
+      InputError: another label (those there are, are listed), or no row to train on.
+    """
+    found, kind, counts = np.unique(
+        np.asarray(labels, str), return_inverse=True, return_counts=True
+    )
+    splits = [_SPLITS.get(label.strip().lower()) for label in found.tolist()]
+    if None in splits or "train" not in splits:
+        there = [f"'{label}' ({count} rows)" for label, count in zip(found, counts, strict=True)]
+        listed = ", ".join(there[:10]) + (", ..." if len(there) > 10 else "")
+        raise InputError(
+            "splits must be named train, validation (val, valid) or test, and some rows train; "
+            f"found {listed or 'none'}"
+        )
+    each = np.asarray(splits)[kind]
+    return {name: np.flatnonzero(each == name) for name in ("train", "validation", "test")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What one pass over rows finds out: `fingerprint`, and of each dimension, float64 [d_in], the
+    mean, the sum of squared deviations from it, and whether it varies at all (bool)."""
+
+    fingerprint: dict[str, Any]
+    mean: np.ndarray
+    deviation: np.ndarray
+    varies: np.ndarray
+
+
+def scan(rows: Rows, name: str | None = None) -> Summary:
+    """The summary of rows, all read once in blocks; found at the first call and kept.
+
+    Moments are float64, those of blocks are merged (Chan, Golub and LeVeque 1979).
+
+    Raises:
+      InputError: NaN or infinite values; rows are counted as in the file.
+    """
+    if rows.summary is not None:
+        return rows.summary
+    digest = hashlib.sha256()
+    mean, deviation = np.zeros((2, rows.shape[1]))
+    low, high = np.full((2, rows.shape[1]), [[np.inf], [-np.inf]])
+    values, bad, first = 0, 0, []
+    for start in range(0, len(rows), rows.block_rows):
+        block = rows[start : start + rows.block_rows]
+        digest.update(block)
+        wrong = np.count_nonzero(~np.isfinite(block), axis=1)
+        if wrong.any() or values:  # no moments any more, but the count of all of them
+            where = start + np.flatnonzero(wrong)
+            first += where[: 5 - len(first)].tolist()
+            values, bad = values + wrong.sum(), bad + len(where)
+            continue
+        low, high = np.minimum(low, block.min(axis=0)), np.maximum(high, block.max(axis=0))
+        block = block.astype(np.float64)
+        shift = block.mean(axis=0) - mean
+        deviation += np.square(block - block.mean(axis=0)).sum(axis=0)
+        deviation += np.square(shift) * (start * len(block) / (start + len(block)))
+        mean += shift * (len(block) / (start + len(block)))
+    if values:
+        where = first if rows.positions is None else rows.positions[first]
+        raise _not_finite(name or rows.name, values, bad, where, len(rows))
+    about = {"shape": list(rows.shape), "dtype": str(rows.dtype), "sha256": digest.hexdigest()}
+    rows.summary = Summary(about, mean, deviation, high > low)
+    return rows.summary
+
+
+def fit_normalizer(x: np.ndarray | Rows, kind: str) -> Normalizer | None:
     """Statistics of `input_normalization`, in float64 over the rows of x [rows, d_in].
 
     A dimension (or a matrix) without variation is left at scale 1.
     """
     if kind == "none":
         return None
-    if kind == "zscore":
+    if isinstance(x, Rows):
+        found = scan(x)
+        mean, variance, varies = found.mean, found.deviation / len(x), found.varies
+        scale, power = np.sqrt(variance), np.mean(variance + np.square(mean))
+    elif kind == "zscore":
         mean, scale = x.mean(axis=0, dtype=np.float64), x.std(axis=0, dtype=np.float64)
-        # The rounded mean of a constant leaves a deviation of 1e-17 that must not be divided by.
-        scale = np.where(x.max(axis=0) > x.min(axis=0), scale, 1)
+        varies = x.max(axis=0) > x.min(axis=0)
     else:
-        mean = np.zeros(x.shape[1])
-        scale = np.full(x.shape[1], np.sqrt(np.mean(np.square(x, dtype=np.float64))))
+        power = np.mean(np.square(x, dtype=np.float64))
+    if kind == "zscore":
+        # The rounded mean of a constant leaves a deviation of 1e-17 that must not be divided by.
+        scale = np.where(varies, scale, 1)
+    else:
+        mean, scale = np.zeros(x.shape[1]), np.full(x.shape[1], np.sqrt(power))
     scale = np.where(scale > 0, scale, 1)
     return Normalizer(mean=mean.astype(x.dtype), scale=scale.astype(x.dtype))
 
 
-def fingerprint(x: np.ndarray) -> dict[str, Any]:
+def fingerprint(x: np.ndarray | Rows) -> dict[str, Any]:
     """Shape, dtype and SHA-256 of an array's values, in JSON's types."""
+    if isinstance(x, Rows):
+        return scan(x).fingerprint
     digest = hashlib.sha256(np.ascontiguousarray(x)).hexdigest()
     return {"shape": list(x.shape), "dtype": str(x.dtype), "sha256": digest}
 
 
 def load(source: str) -> np.ndarray:
-    """Rows from a file: `F.npy`, `F.h5ad:obsm/KEY`, `F.h5ad:X`, or the same of a `.zarr` store.
+    """All rows of `open_rows`, by `check_rows`; also of a matrix that is stored by columns."""
+    node = _find(source)
+    if encoding(node) != "csc_matrix":
+        return check_rows(np.asarray(Rows(node, source)), source)
+    with readable(source):
+        across = Csr(node, tuple(node.attrs["shape"])[::-1])
+        check_matrix(across, source)
+        return check_rows(across[0 : across.shape[0]].T, source)
 
-    Read through numpy, h5py and zarr, without anndata; sparse matrices become dense. Pickled arrays
-    are refused.
+
+def open_rows(source: str) -> Rows:
+    """Rows of a file, unread: `F.npy`, `F.h5ad:obsm/KEY`, `F.h5ad` (its X), the same of a `.zarr`.
+
+    Read through numpy, h5py and zarr, without anndata; CSR matrices become dense as they are read.
+    Pickled arrays are refused.
 
     Raises:
-      InputError: no such file or array (those there are, are listed), or values that `check_rows`
-        refuses.
+      InputError: no such file or array (those there are, are listed), damage, what `Rows` refuses.
     """
+    return Rows(_find(source), source)
+
+
+def load_obs(source: str, column: str) -> np.ndarray:
+    """A column of `obs` of an h5ad or zarr file as text [rows]; missing entries are "".
+
+    Categories, text, booleans (True, False) and numbers; files of every anndata version. What
+    follows a colon in `source` is ignored.
+
+    Raises:
+      InputError: no such file, or column (those there are, are listed).
+    """
+    path, _ = _parts(source)
+    if path.endswith(".npy"):
+        raise InputError(f"{path} has no obs; name an .h5ad or .zarr file")
+    root = _open_store(path)
+    with readable(f"{path}: obs"):
+        obs = root.get("obs")
+        names = getattr(getattr(obs, "dtype", None), "names", None)  # one table, before anndata 0.7
+        there = set(names or obs or ()) - {"__categories"}
+        if column not in there:
+            listed = ", ".join(sorted(there)) or "none"
+            raise InputError(f"{path} has no column {column!r} in obs; there are {listed}")
+        node, missing, categories = obs[column], False, None
+        if encoding(node) == "categorical":
+            node, categories = node["codes"], node["categories"]
+        elif hasattr(node, "keys"):  # a nullable column
+            node, missing = node["values"], node["mask"][:]
+        elif names:
+            categories = root.get(f"uns/{column}_categories")
+        elif "__categories" in obs:  # anndata 0.7
+            categories = obs["__categories"].get(column)
+        if categories is None:
+            return np.where(missing, "", _text(node))
+        return np.append(_text(categories), "")[np.asarray(node[:], np.int64)]  # -1 is missing
+
+
+def provenance(source: str) -> dict[str, Any]:
+    """`uns/extraction` of an h5ad or zarr file in JSON's types; {} where there is none.
+
+    What follows a colon in `source` is ignored.
+    """
+    path, _ = _parts(source)
+    if path.endswith(".npy"):
+        return {}
+    root = _open_store(path)
+    with readable(f"{path}: uns/extraction"):
+        node = root.get("uns/extraction")
+        return {} if node is None else _plain(node)
+
+
+def _plain(node: Any) -> Any:
+    """A nested group as a dict; arrays as lists."""
+    if hasattr(node, "keys"):
+        return {name: _plain(node[name]) for name in node}
+    if encoding(node) == "null" or node.shape is None:
+        return None
+    value = np.asarray(node[()])
+    return (value if value.dtype.kind in "biuf" else _text(value)).tolist()
+
+
+def _text(values: Any) -> np.ndarray:
+    """An array of numbers or text in any encoding as NumPy text of the same shape."""
+    values = np.asarray(values[()])
+    if values.dtype.kind in "biuf":
+        return values.astype(str)
+    text = [v.decode() if isinstance(v, bytes) else str(v) for v in values.ravel().tolist()]
+    return np.asarray(text, str).reshape(values.shape)
+
+
+def _parts(source: str) -> tuple[str, str]:
+    """The file, which exists, and what of it is meant."""
     path, _, inside = source.partition(":")
     if not Path(path).exists():
         raise InputError(f"there is no file {path}")
+    return path, inside or "X"
+
+
+def _find(source: str) -> Any:
+    """The array or group that a source names."""
+    path, inside = _parts(source)
     if path.endswith(".npy"):
-        try:
-            return check_rows(np.load(path, allow_pickle=False), source)
-        except (ValueError, EOFError) as error:
-            if isinstance(error, InputError):
-                raise
+        try:  # of the format alone: np.load would take a zip archive or a pickle
+            return np.lib.format.open_memmap(path, mode="r")
+        except (ValueError, EOFError, OSError) as error:
             raise InputError(f"{path} is no readable .npy file: {error}") from error
-    try:
-        root = _open_store(path)
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error}") from error
-    inside = inside or "X"
-    there = {name: root[name] for name in ("X",) if name in root}
-    obsm = root.get("obsm", {})
-    names = getattr(getattr(obsm, "dtype", None), "names", None)  # one table, before anndata 0.7
-    there |= {f"obsm/{key}": obsm[key] for key in (names or obsm)}
-    node = there[inside] if inside in there else root.get(inside)
-    if node is None:
-        raise InputError(f"{path} has no {inside!r}; there are {', '.join(there) or 'none'}")
-    return check_rows(_dense(node), source)
+    root = _open_store(path)
+    with readable(path):
+        obsm = root.get("obsm", {})
+        table = getattr(getattr(obsm, "dtype", None), "names", None)  # before anndata 0.7
+        if table and inside.removeprefix("obsm/") in table:
+            return obsm[inside.removeprefix("obsm/")]
+        node = None if table and inside.startswith("obsm/") else root.get(inside)
+        if node is None:
+            there = ["X"] * ("X" in root) + [f"obsm/{key}" for key in table or obsm]
+            raise InputError(f"{path} has no {inside!r}; there are {', '.join(there) or 'none'}")
+    return node
 
 
 def _open_store(path: str) -> Any:
     """The root group of an h5ad or zarr file."""
-    if path.endswith(".h5ad"):
-        import h5py
+    with readable(path):
+        if path.endswith(".h5ad"):
+            import h5py
 
-        return h5py.File(path, "r")
-    if path.rstrip("/").endswith(".zarr"):
-        import zarr
+            return h5py.File(path, "r")
+        if path.rstrip("/").endswith(".zarr"):
+            import zarr
 
-        return zarr.open_group(path, mode="r")
+            return zarr.open_group(path, mode="r")
     raise InputError(f"{path}: rows are read from .npy, .h5ad or .zarr")
-
-
-def _dense(node: Any) -> np.ndarray:
-    """An array node, or a sparse matrix in anndata's encoding, as a NumPy array."""
-    if isinstance(node, np.ndarray):
-        return node
-    encoding = str(node.attrs.get("encoding-type", ""))
-    if encoding in ("csr_matrix", "csc_matrix"):
-        make = scipy.sparse.csr_matrix if encoding == "csr_matrix" else scipy.sparse.csc_matrix
-        parts = tuple(np.asarray(node[name]) for name in ("data", "indices", "indptr"))
-        try:
-            matrix = make(parts, shape=tuple(node.attrs["shape"]))
-            matrix.check_format(full_check=True)  # SciPy would follow a wild index out of memory
-        except (ValueError, KeyError) as error:
-            raise InputError(f"{node.name} is damaged: {error}") from None
-        return matrix.toarray()
-    if not hasattr(node, "shape"):
-        raise InputError(f"{node.name} is {encoding or 'a group'}, not a matrix")
-    return np.asarray(node)

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,8 @@ from sae_jax.checkpoint import Checkpoints, Preempted, Preemption
 from sae_jax.config import MOST, Architecture, SAEConfig, unused_fields
 from sae_jax.dictionary import Dictionary
 from sae_jax.errors import InputError
+from sae_jax.state import History
+from sae_jax.streaming import Rows
 from sae_jax.workdir import Member, Workdir, tables
 
 if TYPE_CHECKING:
@@ -77,8 +79,8 @@ def grid(preset: str, **axes: Any) -> list[SAEConfig]:
 
 def train(
     configs: Sequence[SAEConfig],
-    train: np.ndarray,
-    validation: np.ndarray | None = None,
+    train: np.ndarray | Rows,
+    validation: np.ndarray | Rows | None = None,
     *,
     epochs: int,
     workdir: str | os.PathLike[str] | None = None,
@@ -87,13 +89,17 @@ def train(
     progress: bool = True,
     provenance: dict[str, Any] | None = None,
     checkpoint_seconds: float = 60,
+    resident_bytes: int | None = None,
+    test: np.ndarray | Rows | None = None,
+    on_epochs: Callable[[np.ndarray, int, History], None] | None = None,
 ) -> Run:
     """Train a dictionary per configuration, all that share an architecture in one program.
 
     Args:
       configs: any mixture; see `Architecture` for what shapes a program.
-      train: rows [rows, d_in], float32 (float64 with jax's x64 mode).
-      validation: further rows [rows, d_in]; measured, never trained on.
+      train: rows [rows, d_in], float32 (float64 with jax's x64 mode); an array, or
+        `sae_jax.data.open_rows(file)` of which only what is needed is read.
+      validation: further rows [rows, d_in]; measured, never trained on; held in memory.
       epochs: passes over the rows; the rows after the last full batch of a pass are left out of it.
       workdir: a folder to fill: configs.json, dictionaries/<member>/, results.parquet,
         history.parquet, and checkpoints/ of the program in training. The same call again goes on
@@ -107,6 +113,13 @@ def train(
       provenance: where the rows come from (file, key, model, layer, ...), in JSON's types; it
         travels with every dictionary.
       checkpoint_seconds: between checkpoints of a program.
+      resident_bytes: training rows beyond so many are streamed: read in shuffled blocks, a buffer
+        of half that size in use and the next read meanwhile (see `sae_jax.streaming.Plan`, whose
+        order depends on that size). None: a quarter of the devices' memory for open files, and
+        no limit for arrays.
+      test: as `validation`, but measured once, at the end; nothing is chosen by it.
+      on_epochs: told while it trains: positions of configurations, a first epoch, and their
+        `History` [configurations, epochs] from there on.
 
     A program that fails (memory, say) does not end the others: its members have status `failed`
     and no dictionary, are not written to the workdir, and the same call again tries them anew.
@@ -117,7 +130,12 @@ def train(
       Exception: what the first program raised, if every one failed.
     """
     configs = list(configs)
-    rows, validation = _check(configs, train, validation, epochs, data_seed, patience)
+    if resident_bytes is None and isinstance(train, Rows):
+        resident_bytes = distributed.memory() // 4
+    train = _resident_or_not(train, resident_bytes)
+    rows, held_out = _check(
+        configs, train, {"validation": validation, "test": test}, epochs, data_seed, patience
+    )
     epochs, data_seed = int(epochs), int(data_seed)
     settings = {
         "configs": [config.to_dict() for config in configs],
@@ -125,18 +143,21 @@ def train(
         "data_seed": data_seed,
         "patience": patience,
         "train": data.fingerprint(rows),
-        "validation": None if validation is None else data.fingerprint(validation),
+        **{name: data.fingerprint(x) for name, x in held_out.items()},
     }
+    if isinstance(rows, Rows):
+        settings["resident_bytes"] = resident_bytes
+    kept = ("epochs", "data_seed", "patience", "train", "resident_bytes")
     about = {
         **(provenance or {}),
-        **{name: settings[name] for name in ("epochs", "data_seed", "patience", "train")},
+        **{name: settings[name] for name in kept if name in settings},
         "versions": {module.__name__: module.__version__ for module in (sae_jax, jax, flax, optax)},
     }
     out = None if workdir is None else Workdir(Path(workdir), settings)
     members = {} if out is None else out.finished()
 
     failed = _train_programs(
-        configs, rows, validation, about, members, out, progress, checkpoint_seconds
+        configs, rows, held_out, about, members, out, progress, checkpoint_seconds, on_epochs
     )
     results, history = tables(members | failed)
     return Run([(members | failed)[i].dictionary for i in range(len(configs))], results, history)
@@ -144,13 +165,14 @@ def train(
 
 def _train_programs(
     configs: list[SAEConfig],
-    rows: np.ndarray,
-    validation: np.ndarray | None,
+    rows: np.ndarray | Rows,
+    held_out: dict[str, np.ndarray],
     about: dict[str, Any],
     members: dict[int, Member],
     out: Workdir | None,
     progress: bool,
     checkpoint_seconds: float,
+    on_epochs: Callable[[np.ndarray, int, History], None] | None,
 ) -> dict[int, Member]:
     """Fill `members` with those not in it yet, a program at a time; returns those that failed."""
     todo = [position for position in range(len(configs)) if position not in members]
@@ -173,7 +195,9 @@ def _train_programs(
                 folder = out.checkpoints(positions[0])
                 checkpoints = Checkpoints(folder, positions, checkpoint_seconds, preemption)
             try:
-                trained = bucket.train(chosen, rows, validation, about, bar, checkpoints)
+                trained = bucket.train(
+                    chosen, rows, held_out, about, bar, checkpoints, _placed(on_epochs, positions)
+                )
             except InputError:
                 raise
             except Exception as error:
@@ -192,7 +216,25 @@ def _train_programs(
     return failed
 
 
-def _programs(configs: list[SAEConfig], todo: list[int], rows: np.ndarray) -> list[list[int]]:
+def _placed(
+    on_epochs: Callable[[np.ndarray, int, History], None] | None, positions: list[int]
+) -> Callable[[np.ndarray, int, History], None] | None:
+    """`on_epochs` for a bucket, which counts its members from 0 and adds some to fill devices."""
+    if on_epochs is None:
+        return None
+    places = np.asarray(positions)
+
+    def on_history(members: np.ndarray, first: int, history: History) -> None:
+        real = members < len(places)
+        part = jax.tree.map(lambda leaf: leaf[real], history)
+        on_epochs(places[members[real]], first, part)
+
+    return on_history
+
+
+def _programs(
+    configs: list[SAEConfig], todo: list[int], rows: np.ndarray | Rows
+) -> list[list[int]]:
     """Positions of `todo` by the program that trains them, each of which fits the memory."""
     buckets = ensemble.buckets([configs[position] for position in todo])
     programs = [
@@ -208,14 +250,23 @@ def _programs(configs: list[SAEConfig], todo: list[int], rows: np.ndarray) -> li
     return programs
 
 
+def _resident_or_not(train: Any, resident_bytes: int | None) -> Any:
+    """An array of what may lie in memory, `Rows` of what may not."""
+    if isinstance(train, Rows):
+        return train if train.nbytes > resident_bytes else np.asarray(train)
+    if resident_bytes is not None and np.asarray(train).nbytes > resident_bytes:
+        return Rows(np.asarray(train), "train")
+    return train
+
+
 def _check(
     configs: list[SAEConfig],
-    train: np.ndarray,
-    validation: np.ndarray | None,
+    train: np.ndarray | Rows,
+    held_out: dict[str, np.ndarray | Rows | None],
     epochs: int,
     data_seed: int,
     patience: int | None,
-) -> tuple[np.ndarray, np.ndarray | None]:
+) -> tuple[np.ndarray | Rows, dict[str, np.ndarray]]:
     if not configs:
         raise InputError("no configurations to train")
     counts = [("epochs", epochs, 1), ("data_seed", data_seed, 0)]
@@ -225,8 +276,10 @@ def _check(
         if not (integer and low <= value <= MOST):
             raise InputError(f"{name}={value!r} must be an integer in {low} .. {MOST}")
     rows = data.check_rows(train, "train")
-    if validation is not None:
-        validation = data.check_rows(validation, "validation", d_in=rows.shape[1])
+    given = {name: x for name, x in held_out.items() if x is not None}
+    for name, x in given.items():
+        x = np.asarray(x) if isinstance(x, Rows) else x
+        given[name] = data.check_rows(x, name, d_in=rows.shape[1])
     for config in configs:
         if config.d_in != rows.shape[1]:
             raise InputError(
@@ -244,8 +297,8 @@ def _check(
             )
     for architecture in ensemble.buckets(configs):
         ensemble.split_to_fit([0], _member_bytes(architecture, rows), distributed.memory())
-    return rows, validation
+    return rows, given
 
 
-def _member_bytes(architecture: Architecture, rows: np.ndarray) -> int:
-    return ensemble.member_bytes(architecture, rows.itemsize)
+def _member_bytes(architecture: Architecture, rows: np.ndarray | Rows) -> int:
+    return ensemble.member_bytes(architecture, rows.dtype.itemsize)

@@ -51,12 +51,13 @@ def test_values_that_are_not_finite_are_counted_and_their_rows_named(
 
 
 def test_numbers_become_c_ordered_float32_unless_they_are_float64() -> None:
-    for dtype in (np.int8, np.uint16, np.int64, np.float16, np.float32):
+    for dtype in (np.int8, np.uint16, np.int64, np.float16, np.float32, ">f4"):
         x = data.check_rows(np.asfortranarray(np.arange(6).reshape(2, 3).astype(dtype)), "x")
         assert x.dtype == np.float32
         assert x.flags.c_contiguous
         np.testing.assert_array_equal(x, [[0, 1, 2], [3, 4, 5]])
     assert data.check_rows([[1.5, 2]], "x").dtype == np.float64
+    assert data.check_rows(np.ones((1, 2), ">f8"), "x").dtype == np.float64
     x = np.ones((2, 2), np.float32)
     assert data.check_rows(x, "x") is x
 
@@ -87,6 +88,38 @@ def test_a_split_depends_on_its_seed_and_is_spread_over_the_rows() -> None:
     first, second = data.split(1000, 0.2, 0)[1], data.split(1000, 0.2, 1)[1]
     assert not np.array_equal(first, second)
     assert abs(first.mean() - 499.5) < 4 * 289 / np.sqrt(200)
+
+
+@given(st.lists(st.sampled_from(["train", "Train", "val", "VALID", "validation", " test "])))
+def test_labels_become_positions(labels: list[str]) -> None:
+    labels = ["train", *labels]
+    found = data.split_by(np.asarray(labels))
+    assert list(found) == ["train", "validation", "test"]
+    for name, positions in found.items():
+        expected = [i for i, label in enumerate(labels) if label.strip().lower()[:2] == name[:2]]
+        np.testing.assert_array_equal(positions, expected)
+        assert positions.dtype == np.int64
+
+
+@pytest.mark.parametrize(
+    ("labels", "found"),
+    [
+        (
+            ["train", "dev", "test", "dev"],
+            r"found 'dev' \(2 rows\), 'test' \(1 rows\), 'train' \(1",
+        ),
+        (["val", "test"], r"some rows train; found 'test' \(1 rows\), 'val' \(1 rows\)$"),
+        (["train", ""], r"found '' \(1 rows\), 'train'"),
+        (["True", "False"], r"found 'False' \(1 rows\), 'True' \(1 rows\)$"),
+        ([str(i) for i in range(12)], r"'7' \(1 rows\), \.\.\.$"),
+        ([], "found none"),
+    ],
+)
+def test_labels_that_name_no_split_are_listed(labels: list[str], found: str) -> None:
+    with pytest.raises(
+        InputError, match=r"named train, validation \(val, valid\) or test.*" + found
+    ):
+        data.split_by(labels)
 
 
 ROWS = np.random.default_rng(0).normal(size=(500, 3)) * [[1, 20, 0.01]] + [[5, 0, -3]]

@@ -1,6 +1,8 @@
 """Who trains beside a member changes nothing about it: bit for bit under `lax.map`."""
 
 import dataclasses
+import functools
+import itertools
 import types
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,8 +12,9 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
 
-from sae_jax import SAEConfig, distributed, ensemble, trainer
-from sae_jax.state import Params
+from sae_jax import SAEConfig, distributed, ensemble, steps, trainer
+from sae_jax.config import CHOICES, Architecture
+from sae_jax.state import Hyperparams, Params, TrainState
 
 EPOCHS = 5
 ROWS = np.random.default_rng(0).normal(size=(70, 5)).astype(np.float32)
@@ -30,6 +33,47 @@ MEMBERS = {
         for rate, k, seed in zip(RATES, [1, 3, 12, 5, 2], SEEDS, strict=True)
     ],
 }  # fmt: skip
+NAMES = ("activation", "pre_bias", "decoder_norm", "auxiliary")
+EVERY = [
+    dict(zip(NAMES, choice, strict=True))
+    for choice in itertools.product(*(CHOICES[name] for name in NAMES))
+    if not (choice[0] == "gated" and choice[3] == "auxk")
+]
+EVERY += [
+    {"activation": "batch_topk", "nesting": "matryoshka", "levels": 3, "clipping": "norm"},
+    {"activation": "relu", "resampling": "bricken", "decoder_norm": "unit", "schedule": "cosine"},
+    {"activation": "gated", "sparsity_control": "target_l0", "decay": "decoupled"},
+    {"activation": "jump_relu", "sparsity_control": "target_l0", "resampling": "bricken"},
+]
+every_choice = pytest.mark.parametrize(
+    "choice", EVERY, ids=lambda c: "-".join(map(str, c.values()))
+)
+
+
+def members(choice: dict[str, Any]) -> list[SAEConfig]:
+    """Three that differ in all that may be traced and that the choice has a use for."""
+    traced: dict[str, list[Any]] = {"learning_rate": [1e-2, 3e-3, 3e-2], "seed": [0, 1, 2]}
+    activation = choice["activation"]
+    if activation in ("topk", "batch_topk"):
+        traced["k"] = [1, 5, 3]
+    elif activation == "jump_relu":
+        traced |= {"l0_weight": [0.1, 0.01, 1.0], "initial_threshold": [0.3, 0.5, 0.1]}
+    else:
+        traced["l1_weight"] = [0.1, 1e-3, 1.0]
+    if choice.get("auxiliary") == "auxk":
+        traced |= {"k_aux": [3, 2, 5], "dead_steps": [2, 1, 3], "aux_weight": [0.1, 0.5, 1.0]}
+    if choice.get("resampling") == "bricken":
+        traced |= {"resample_every": [3, 5, 2], "dead_steps": [1, 2, 1]}
+    if "sparsity_control" in choice:
+        traced["target_l0"] = [2.0, 4.0, 3.0]
+    if "decay" in choice:
+        traced["weight_decay"] = [0.1, 1e-3, 1.0]
+    return [
+        SAEConfig(**SIZE, **choice, **dict(zip(traced, values, strict=True)))
+        for values in zip(*traced.values(), strict=True)
+    ]
+
+
 everywhere = pytest.mark.parametrize("kind", MEMBERS)
 
 
@@ -79,6 +123,53 @@ def test_alone_equals_in_company_bit_for_bit(kind: str, devices: int) -> None:
     weights = [member(together, i).params.encoder.tobytes() for i in range(len(configs))]
     assert len(set(weights)) == len(configs)
     assert not together.diverged.any()
+
+
+@every_choice
+def test_every_choice_alone_equals_in_company_bit_for_bit(choice: dict[str, Any]) -> None:
+    configs = members(choice)
+    together = train(configs, cpus(2))
+    for i, config in enumerate(configs):
+        assert_same_bits(member(together, i), member(train([config]), 0))
+    weights = [member(together, i).params.encoder.tobytes() for i in range(len(configs))]
+    assert len(set(weights)) == len(configs)
+    assert not together.diverged.any()
+
+
+# Quick to compile, which is most of the time here; what is computed stays the same.
+quick = functools.partial(
+    jax.jit,
+    static_argnames=("architecture", "how"),
+    compiler_options={"xla_backend_optimization_level": 0},
+)
+
+
+@quick
+def mapped_steps(
+    hyper: Hyperparams, rows: jax.Array, order: jax.Array, architecture: Architecture, how: str
+) -> TrainState:
+    def one(hyper: Hyperparams) -> TrainState:
+        state = steps.init_member(hyper, architecture, rows.dtype)
+        return steps.take_steps(state, hyper, rows, order, architecture)[0]
+
+    return jax.vmap(one)(hyper) if how == "vmap" else jax.lax.map(one, hyper)
+
+
+@every_choice
+def test_every_choice_under_vmap_equals_lax_map_in_float64(choice: dict[str, Any]) -> None:
+    """Forty steps of all members; 1e-9."""
+    configs = members(choice)
+    random = np.random.default_rng(0)
+    order = np.stack([random.permutation(len(ROWS))[:16] for _ in range(40)])
+    with jax.enable_x64(True):
+        rows = jax.numpy.asarray(ROWS, np.float64)
+        hyper = ensemble.stack_hyperparams(configs, cpus(1), np.float64, 40)
+        both = [
+            mapped_steps(hyper, rows, order, configs[0].architecture, how)
+            for how in ("vmap", "map")
+        ]
+    for found, expected in zip(*map(jax.tree.leaves, both), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)
 
 
 @everywhere

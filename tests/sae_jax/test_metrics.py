@@ -1,10 +1,13 @@
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from sklearn.metrics import r2_score
 
-from sae_jax import SAEConfig, distributed, ensemble, metrics
+from sae_jax import InputError, SAEConfig, distributed, ensemble, metrics
+from sae_jax.data import open_rows
 from sae_jax.dictionary import Dictionary
 from sae_jax.state import Normalizer, Params
 
@@ -78,8 +81,14 @@ def test_metrics_equal_numpy_and_sklearn_around_the_batch_size(
         assert found["l0"][i] == pytest.approx((z > 0).sum(axis=1).mean(), abs=2.5 / rows)
         assert found["live"][i] == live
         assert found["dead"][i] == N - live
+        assert found["alive_1pct"][i] == ((z > 0).mean(axis=0) >= 0.01).sum()
+        norms = np.linalg.norm(x, axis=1), np.linalg.norm(y, axis=1)
+        cosine = ((x * y).sum(axis=1) / norms[0] / norms[1]).mean()
+        assert found["cosine"][i] == pytest.approx(cosine, abs=1e-5)
+        assert found["norm_ratio"][i] == pytest.approx((norms[1] / norms[0]).mean(), rel=2e-5)
     assert set(found) == {
-        "mse", "r2", "fvu", "r2_scalar_mean", "l0", "l1", "live", "dead"
+        "mse", "r2", "fvu", "r2_scalar_mean", "l0", "l1", "live", "dead", "cosine", "norm_ratio",
+        "alive_1pct",
     }  # fmt: skip
 
 
@@ -177,3 +186,73 @@ def test_members_on_two_devices_are_measured_as_on_one() -> None:
         )  # fmt: skip
     for name, value in found[0].items():
         np.testing.assert_array_equal(found[1][name], value)
+
+
+def test_rows_on_disk_and_pieces_of_any_size_give_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params, x = weights(), data(5000)
+    whole = evaluate(params, x, NORMALIZER)
+    np.save(tmp_path / "x.npy", x)
+    from_disk = evaluate(params, open_rows(str(tmp_path / "x.npy")), NORMALIZER)
+    shuffled = evaluate(params, np.random.default_rng(0).permutation(x), NORMALIZER)
+    monkeypatch.setattr(metrics, "PIECE", 1)
+    for other in (from_disk, shuffled, evaluate(params, x, NORMALIZER)):
+        for name, value in whole.items():
+            np.testing.assert_allclose(other[name], value, rtol=1e-6, err_msg=name)
+
+
+def test_cosine_of_tiny_huge_and_zero_rows() -> None:
+    params = jax.tree.map(np.zeros_like, weights())
+    params.encoder[:, :, :D], params.encoder[:, :, D : 2 * D] = np.eye(D), -np.eye(D)
+    params.decoder[:, :D], params.decoder[:, D : 2 * D] = 0.5 * np.eye(D), -0.5 * np.eye(D)
+    x = data(300)
+    for scale in (1e-25, 1.0, 1e25):
+        found = evaluate(params, (x * scale).astype(np.float32), None)
+        assert found["cosine"][2] == pytest.approx(1, abs=1e-5)
+        assert found["norm_ratio"][2] == pytest.approx(0.5, abs=1e-5)
+    half = np.where(np.arange(300)[:, None] < 150, 0, x).astype(np.float32)
+    assert evaluate(params, half, None)["cosine"][2] == pytest.approx(0.5, abs=1e-5)
+
+
+def test_density_is_the_share_of_rows_a_latent_fires_in() -> None:
+    params, x = weights(), data(1500)
+    mesh = distributed.member_mesh(1)
+    hyper = ensemble.stack_hyperparams(CONFIGS, mesh, x.dtype)
+    found = metrics.density(params, hyper, x, None, architecture=CONFIGS[0].architecture, mesh=mesh)
+    for i in range(len(CONFIGS)):
+        z, _ = by_numpy(params, i, x.astype(np.float64), None)
+        np.testing.assert_allclose(found[i], (z > 0).mean(axis=0), atol=2.5 / len(x))
+    counts, never, edges = metrics.density_histogram(found)
+    assert counts.shape == (3, 60)
+    np.testing.assert_array_equal(never, (found == 0).sum(axis=1))
+    np.testing.assert_array_equal(counts.sum(axis=1) + never, [N] * 3)
+    own, never, _ = metrics.density_histogram(np.asarray([0, 0.01, 0.1, 0.5, 1]), [0.01, 0.1, 1])
+    assert own.tolist() == [1, 3]
+    assert never == 1
+    with pytest.raises(InputError, match="rising"):
+        metrics.density_histogram(found, [1, 0.1])
+    assert edges[0] == pytest.approx(1e-6)
+
+
+def test_recovery_of_permuted_and_repeated_directions() -> None:
+    random = np.random.default_rng(0)
+    truth = random.normal(size=(5, 8))
+    mixed = np.concatenate([random.normal(size=(4, 8)), 3 * truth[random.permutation(5)]])
+    found = metrics.recovery(mixed, truth)
+    assert found["mean_max_cosine"] == pytest.approx(1)
+    assert found["mcc"] == pytest.approx(1)
+    # One latent that stands for all: each finds it, but it is used once.
+    truth = np.eye(3) + 1
+    one = metrics.recovery(np.ones((1, 3)), truth)
+    cosine = truth.sum(axis=1)[0] / np.linalg.norm(truth[0]) / np.sqrt(3)
+    assert one["mean_max_cosine"] == pytest.approx(cosine)
+    assert one["mcc"] == pytest.approx(cosine / 3)
+    opposite = metrics.recovery(-truth, truth)
+    assert opposite["mcc"] < 0
+    assert metrics.recovery(-truth, truth, absolute=True)["mcc"] == pytest.approx(1)
+    both = metrics.recovery(np.stack([truth, -truth]), truth)
+    np.testing.assert_allclose(both["mcc"], [1, opposite["mcc"]])
+    assert np.isnan(metrics.recovery(np.full((4, 3), np.nan), truth)["mcc"])
+    with pytest.raises(InputError, match="must be"):
+        metrics.recovery(np.ones((4, 2)), truth)

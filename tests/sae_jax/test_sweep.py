@@ -37,7 +37,10 @@ CONFIGS = [
     ),
     SAEConfig.preset("vanilla", **SIZE, l1_weight=0.2, seed=1),
 ]  # fmt: skip
-METRICS = ["mse", "r2", "fvu", "r2_scalar_mean", "l0", "l1", "live", "dead"]
+METRICS = [
+    "mse", "r2", "fvu", "r2_scalar_mean", "cosine", "norm_ratio", "l0", "l1", "live", "dead",
+    "alive_1pct",
+]  # fmt: skip
 FILES = {"configs.json", "history.parquet", "results.parquet", "dictionaries"}
 
 

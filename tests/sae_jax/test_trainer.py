@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sae_jax import SAEConfig, distributed, ensemble, models, steps, trainer
+from sae_jax import SAEConfig, distributed, ensemble, models, programs, steps, trainer
 
 CONFIGS = [
     SAEConfig(d_in=3, n_latents=7, batch_size=8, l1_weight=l1, seed=seed, learning_rate=0.01)
@@ -147,9 +147,9 @@ def test_every_member_counts_its_own_steps_and_a_frozen_one_stops() -> None:
     configs = [*CONFIGS[:2], dataclasses.replace(CONFIGS[0], learning_rate=1e15)]
     hyper = ensemble.stack_hyperparams(configs, mesh, np.float32)
     architecture = CONFIGS[0].architecture
-    states = trainer.init_bucket(hyper, architecture=architecture, mesh=mesh, dtype=jnp.float32)
+    states = programs.init_bucket(hyper, architecture=architecture, mesh=mesh, dtype=jnp.float32)
     assert states.optimizer.count.tolist() == [0, 0, 0]
-    states, metrics = trainer.train_chunk(
+    states, metrics = programs.train_chunk(
         states,
         hyper,
         jnp.asarray(ROWS),
@@ -166,7 +166,7 @@ def test_every_member_counts_its_own_steps_and_a_frozen_one_stops() -> None:
     assert states.active.tolist() == [True, True, False]
     assert np.isfinite(metrics.loss[:2, :4]).all()
     frozen = jax.tree.map(lambda leaf: np.asarray(leaf)[2], states.params)
-    states, _ = trainer.train_chunk(
+    states, _ = programs.train_chunk(
         states,
         hyper,
         jnp.asarray(ROWS),

@@ -1,0 +1,176 @@
+"""A training job from flags: rows and their split, a folder to fill, `sae_jax.train`.
+
+What `sweep` and `train` have in common.
+"""
+
+import contextlib
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags, logging
+
+import sae_jax
+from sae_jax import InputError, SAEConfig, data, files, workdir
+from sae_jax.state import History
+from sae_jax.streaming import Rows
+
+FLAGS = flags.FLAGS
+
+KEPT = ("configs.json", "results.parquet", "history.parquet", "dictionaries", "checkpoints")
+
+
+def define_flags() -> None:
+    """Of the rows, the folder and the training."""
+    flags.DEFINE_string("data", None, "Rows: F.npy, F.h5ad:obsm/KEY, F.h5ad:X, F.zarr:obsm/KEY.")
+    flags.DEFINE_string("workdir", None, "Folder to fill.")
+    flags.DEFINE_bool("overwrite", False, "Replace what an earlier run left in --workdir.")
+    flags.DEFINE_integer("epochs", 100, "Passes over the rows.", lower_bound=1)
+    flags.DEFINE_integer(
+        "patience", None, "Epochs without a lower loss after which one stops.", lower_bound=1
+    )
+    flags.DEFINE_float("validation", 0.1, "Share of rows held out; 0: none.", 0, 1)
+    flags.DEFINE_string(
+        "split",
+        None,
+        "Column of obs that says train, validation or test of each row, instead of --validation.",
+    )
+    flags.DEFINE_integer("data_seed", 0, "Of the rows held out and of the order of training.", 0)
+    flags.DEFINE_float(
+        "resident_gib",
+        None,
+        "Rows beyond so many GiB are streamed from disk (default: a quarter of the memory).",
+        lower_bound=0,
+    )
+    flags.DEFINE_float("checkpoint_seconds", 60, "Between checkpoints.", lower_bound=0)
+    flags.DEFINE_bool(
+        "tensorboard",
+        False,
+        "Losses of every configuration for TensorBoard, in WORKDIR/tensorboard.",
+    )
+
+
+def check_workdir(out: Path, settings: str) -> Path:
+    """The folder, if it may be filled: empty, new, or with a file `settings` of ours in it."""
+    workdir.check_writable(out)
+    if out.is_dir() and any(out.iterdir()) and not (out / settings).is_file():
+        raise InputError(f"{out} holds other files; choose an empty or a new folder")
+    return out
+
+
+def claim(out: Path, settings: str, produced: Sequence[str]) -> None:
+    """Make the folder ours: clear what --overwrite replaces, and note the flags."""
+    if FLAGS.overwrite:
+        for path in (out / name for name in (*KEPT, *produced, settings, "tensorboard")):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+    if not (out / settings).exists():
+        given = {
+            flag.name: flag.value
+            for module in (FLAGS.find_module_defining_flag(name) for name in ("data", "preset"))
+            for flag in FLAGS.get_flags_for_module(module)
+            if flag.value is not None
+        }
+        for name in ("workdir", "overwrite", "dry_run"):
+            given.pop(name, None)
+        files.write_json(out / settings, given)
+
+
+def read_rows() -> dict[str, Rows]:
+    """Rows by split: train, and validation and test where there are any; unread as yet."""
+    if not FLAGS.data:
+        raise InputError("--data is needed: F.npy, F.h5ad:obsm/KEY or F.zarr:obsm/KEY")
+    rows = data.open_rows(FLAGS.data)
+    if FLAGS.split:
+        if FLAGS["validation"].present:
+            raise InputError("--split says which rows are held out; leave out --validation")
+        labels = data.load_obs(FLAGS.data, FLAGS.split)
+        if len(labels) != len(rows):
+            raise InputError(f"obs has {len(labels)} rows, {FLAGS.data} has {len(rows)}")
+        positions = data.split_by(labels)
+    elif FLAGS.validation == 0:
+        return {"train": rows}
+    else:
+        train, held_out = data.split(len(rows), FLAGS.validation, FLAGS.data_seed)
+        if len(train) < 1 or len(held_out) < 2:
+            raise InputError(
+                f"--validation={FLAGS.validation:g} of {len(rows)} rows leaves {len(train)} to "
+                f"train on and {len(held_out)} held out; at least 2 are held out, or 0 is given "
+                "for none"
+            )
+        positions = {"train": train, "validation": held_out}
+    return {name: rows.take(chosen) for name, chosen in positions.items() if len(chosen)}
+
+
+def check_batches(configs: Sequence[SAEConfig], train: Rows) -> None:
+    """Refuses batches of more rows than there are."""
+    for config in configs:
+        if config.batch_size > len(train):
+            raise InputError(
+                f"batch_size={config.batch_size} is more than the {len(train)} rows to train on"
+            )
+
+
+def train(configs: Sequence[SAEConfig], rows: dict[str, Rows], out: Path) -> sae_jax.Run:
+    """`sae_jax.train` by the flags."""
+    began = time.perf_counter()
+    resident = None if FLAGS.resident_gib is None else int(FLAGS.resident_gib * 2**30)
+    share = {"split": FLAGS.split} if FLAGS.split else {"validation_share": FLAGS.validation}
+    try:
+        with _tensorboard(out / "tensorboard") as on_epochs:
+            run = sae_jax.train(
+                configs,
+                rows["train"],
+                rows.get("validation"),
+                test=rows.get("test"),
+                epochs=FLAGS.epochs,
+                workdir=out,
+                data_seed=FLAGS.data_seed,
+                patience=FLAGS.patience,
+                provenance={**data.provenance(FLAGS.data), "data": FLAGS.data, **share},
+                checkpoint_seconds=FLAGS.checkpoint_seconds,
+                resident_bytes=resident,
+                on_epochs=on_epochs,
+            )
+    except InputError:
+        raise
+    except BaseException:
+        logging.error("stopped; the same command continues from what %s holds", out)
+        raise
+    logging.info("%d configurations in %.0f s", len(configs), time.perf_counter() - began)
+    return run
+
+
+@contextlib.contextmanager
+def _tensorboard(
+    folder: Path,
+) -> Iterator[Callable[[np.ndarray, int, History], None] | None]:
+    """What writes the scalars of each configuration, `0003` say, with --tensorboard."""
+    if not FLAGS.tensorboard:
+        yield None
+        return
+    try:
+        import tensorboardX
+    except ImportError:
+        raise InputError(
+            "--tensorboard needs tensorboardX: pip install 'sae-jax[tensorboard]'"
+        ) from None
+    with contextlib.ExitStack() as stack:
+        writers: dict[int, Any] = {}
+
+        def write(positions: np.ndarray, first: int, history: History) -> None:
+            for row, position in enumerate(positions.tolist()):
+                if position not in writers:
+                    writer = tensorboardX.SummaryWriter(str(folder / f"{position:04d}"))
+                    writers[position] = stack.enter_context(writer)
+                for name, values in vars(history).items():
+                    for epoch, value in enumerate(values[row].tolist()):
+                        if np.isfinite(value):
+                            writers[position].add_scalar(name, value, first + epoch)
+
+        yield write

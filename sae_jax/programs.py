@@ -1,0 +1,164 @@
+"""What is compiled: initialisation, a chunk of epochs, a buffer of a stream, for all of a bucket.
+
+Inside a chunk the data lie on the device, epochs and steps are loops of the program, and the state
+is donated. The order of rows depends on (data_seed, epoch) alone: every member sees the same
+batches. The rows left over after the last full batch of an epoch are not used in that epoch.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh
+
+from sae_jax import ensemble, steps
+from sae_jax.config import Architecture
+from sae_jax.state import History, Hyperparams, Metrics, TrainState
+
+
+@functools.partial(jax.jit, static_argnames=("architecture", "mesh", "dtype", "patient"))
+def init_bucket(
+    hyper: Hyperparams,
+    center: jax.Array | None = None,
+    *,
+    architecture: Architecture,
+    mesh: Mesh,
+    dtype: Any,
+    patient: bool = False,
+) -> TrainState:
+    """States [members, ...] before the first step; see `init_member`."""
+
+    def member(hyper: Hyperparams, center: jax.Array | None) -> TrainState:
+        return steps.init_member(hyper, architecture, dtype, patient, center)
+
+    return ensemble.map_members(member, mesh)(hyper, center)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("architecture", "mesh", "size"), donate_argnames="states"
+)
+def train_chunk(
+    states: TrainState,
+    hyper: Hyperparams,
+    rows: jax.Array,
+    validation: jax.Array | None,
+    data_seed: jax.Array,
+    start: jax.Array,
+    count: jax.Array,
+    patience: jax.Array,
+    *,
+    architecture: Architecture,
+    mesh: Mesh,
+    size: int,
+) -> tuple[TrainState, History]:
+    """Epochs start .. start + count of every member; count <= size is traced, so it may vary.
+
+    Returns states and history [members, size], of which the first `count` columns are filled.
+    """
+    batches = len(rows) // architecture.batch_size
+    orders = lax.fori_loop(
+        0,
+        count,
+        lambda i, orders: orders.at[i].set(
+            steps.row_order(data_seed, start + i, len(rows), architecture)
+        ),
+        jnp.zeros((size, batches, architecture.batch_size), jnp.int32),
+    )
+
+    def member(
+        member: tuple[TrainState, Hyperparams],
+        rows: jax.Array,
+        validation: jax.Array | None,
+        orders: jax.Array,
+        start: jax.Array,
+        count: jax.Array,
+        patience: jax.Array,
+    ) -> tuple[TrainState, History]:
+        state, hyper = member
+
+        def epoch(state: TrainState, i: jax.Array) -> tuple[TrainState, History]:
+            state, means = steps.take_steps(state, hyper, rows, orders[i], architecture)
+            return steps.close_epoch(
+                state, hyper, means, validation, start + i, patience, architecture
+            )
+
+        def epoch_if_active(
+            i: jax.Array, carry: tuple[TrainState, History]
+        ) -> tuple[TrainState, History]:
+            state, history = carry
+            blank = steps.blank_history((), rows.dtype)
+            state, means = lax.cond(state.active, epoch, lambda state, _: (state, blank), state, i)
+            return state, jax.tree.map(lambda h, m: h.at[i].set(m), history, means)
+
+        return lax.fori_loop(
+            0, count, epoch_if_active, (state, steps.blank_history((size,), rows.dtype))
+        )
+
+    shared = (rows, validation, orders, jnp.asarray(start), count, patience)
+    return ensemble.map_members(member, mesh)((states, hyper), *shared)
+
+
+@functools.partial(jax.jit, static_argnames=("architecture", "mesh"), donate_argnames="states")
+def train_buffer(
+    states: TrainState,
+    hyper: Hyperparams,
+    buffer: jax.Array,
+    order: jax.Array,
+    *,
+    architecture: Architecture,
+    mesh: Mesh,
+) -> tuple[TrainState, Metrics]:
+    """Every member over the batches buffer[order], order [steps, batch], of a stream.
+
+    Returns states and the steps' mean metrics [members], NaN of those that have stopped.
+    """
+
+    def member(
+        member: tuple[TrainState, Hyperparams], buffer: jax.Array, order: jax.Array
+    ) -> tuple[TrainState, Metrics]:
+        state, hyper = member
+        nan = jnp.full((), jnp.nan, buffer.dtype)
+        return lax.cond(
+            state.active,
+            lambda state: steps.take_steps(state, hyper, buffer, order, architecture),
+            lambda state: (state, Metrics(loss=nan, mse=nan, l1=nan, l0=nan)),
+            state,
+        )
+
+    return ensemble.map_members(member, mesh)((states, hyper), buffer, order)
+
+
+@functools.partial(jax.jit, static_argnames=("architecture", "mesh"), donate_argnames="states")
+def close_stream(
+    states: TrainState,
+    hyper: Hyperparams,
+    means: Metrics,
+    validation: jax.Array | None,
+    epoch: jax.Array,
+    patience: jax.Array,
+    *,
+    architecture: Architecture,
+    mesh: Mesh,
+) -> tuple[TrainState, History]:
+    """Every member after an epoch of a stream that had these mean metrics [members]."""
+
+    def member(
+        member: tuple[TrainState, Hyperparams, Metrics],
+        validation: jax.Array | None,
+        epoch: jax.Array,
+        patience: jax.Array,
+    ) -> tuple[TrainState, History]:
+        state, hyper, means = member
+        return lax.cond(
+            state.active,
+            lambda state: steps.close_epoch(
+                state, hyper, means, validation, epoch, patience, architecture
+            ),
+            lambda state: (state, steps.blank_history((), means.loss.dtype)),
+            state,
+        )
+
+    shared = (validation, jnp.asarray(epoch), patience)
+    return ensemble.map_members(member, mesh)((states, hyper, means), *shared)

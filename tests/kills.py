@@ -1,0 +1,102 @@
+r"""Kill a sweep at random moments until it is done, and compare with one that was let be.
+
+    python tests/kills.py --kills=30                          (about 10 minutes on two cores)
+
+Each trial starts the same command again and again, in a folder of its own: all but the last are
+killed (SIGKILL, one in three SIGTERM) after a random time. It must print `30 of 30 identical`:
+weights, history and results of every configuration, bit for bit.
+"""
+
+import hashlib
+import json
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from absl import app, flags
+
+FLAGS = flags.FLAGS
+
+AXES = [
+    "--preset=vanilla,topk,target_l0", "--n_latents=32", "--l1_weight=0.05,1", "--k=3",
+    "--target_l0=4", "--seeds=0,1", "--learning_rate=1e-3,1e30", "--batch_size=32",
+]  # fmt: skip
+
+
+def command(folder: Path, epochs: int) -> list[str]:
+    """A sweep in three programs, of which half the members diverge; checkpoints all the time."""
+    return [
+        sys.executable, "-m", "experiments.sweep", f"--data={folder.parent}/rows.npy", *AXES,
+        f"--epochs={epochs}", f"--workdir={folder}", "--checkpoint_seconds=0",
+    ]  # fmt: skip
+
+
+def outcome(folder: Path) -> dict[str, str]:
+    """A hash of all that a run leaves."""
+    found = {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*.safetensors"))
+    }
+    for name in ("results", "history"):
+        table = pd.read_parquet(folder / f"{name}.parquet")
+        rows = pd.util.hash_pandas_object(table).to_numpy()
+        found[name] = hashlib.sha256(rows.tobytes()).hexdigest()
+    found["configs"] = json.loads((folder / "configs.json").read_text())["train"]["sha256"]
+    return found
+
+
+def run_killed(folder: Path, epochs: int, seconds: float, kills: int, seed: int) -> int:
+    """Runs to the end what is killed `kills` times at most; returns how often it was."""
+    chance = random.Random(seed)
+    for killed in range(kills):
+        process = subprocess.Popen(
+            command(folder, epochs), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+        time.sleep(chance.uniform(0.3, 1) * seconds)
+        kind = signal.SIGTERM if chance.random() < 1 / 3 else signal.SIGKILL
+        process.send_signal(kind)
+        _, printed = process.communicate()
+        if process.returncode not in (0, -signal.SIGKILL, -signal.SIGTERM, 143):
+            raise RuntimeError(f"status {process.returncode}: {printed}")
+        if process.returncode == 0:
+            return killed
+    subprocess.run(command(folder, epochs), check=True, capture_output=True)
+    return kills
+
+
+def trials(count: int, each: int, epochs: int, parent: Path) -> list[tuple[int, bool]]:
+    """Of every trial how often it was killed and whether it ended as the undisturbed run."""
+    rows = np.random.default_rng(0).normal(size=(512, 8)).astype(np.float32)
+    np.save(parent / "rows.npy", rows)
+    began = time.monotonic()
+    subprocess.run(command(parent / "undisturbed", epochs), check=True, capture_output=True)
+    seconds = time.monotonic() - began
+    expected = outcome(parent / "undisturbed")
+    found = []
+    for trial in range(count):
+        folder = parent / f"trial-{trial}"
+        killed = run_killed(folder, epochs, seconds, each, trial)
+        found.append((killed, outcome(folder) == expected))
+        print(f"trial {trial}: killed {killed} times, identical: {found[-1][1]}", flush=True)
+    return found
+
+
+def main(_: list[str]) -> None:
+    """Runs trials until so many kills have happened."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = trials(FLAGS.kills, 1, FLAGS.epochs, Path(folder))
+    same = sum(identical for _, identical in found)
+    print(f"{same} of {len(found)} identical, {sum(killed for killed, _ in found)} of them killed")
+    sys.exit(same < len(found))
+
+
+if __name__ == "__main__":
+    flags.DEFINE_integer("kills", 30, "Trials, each killed once.", lower_bound=1)
+    flags.DEFINE_integer("epochs", 400, "Of the sweep.", lower_bound=1)
+    app.run(main)

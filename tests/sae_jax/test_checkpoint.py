@@ -1,0 +1,261 @@
+"""A program that is stopped between chunks goes on as if it had not been, bit for bit."""
+
+import logging
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pandas as pd
+import pytest
+from jax.sharding import AxisType, Mesh
+
+import sae_jax
+from sae_jax import Run, SAEConfig, distributed, trainer
+from sae_jax.checkpoint import Checkpoints, Preempted, Preemption
+from tests.kills import trials
+
+ROWS = np.random.default_rng(0).normal(size=(96, 5)).astype(np.float32)
+HELD_OUT = np.random.default_rng(1).normal(size=(40, 5)).astype(np.float32)
+SIZE = {"d_in": 5, "n_latents": 12, "batch_size": 16}
+EPOCHS = 9
+# One diverges at once, one stops early, so that the bucket is compacted on the way.
+CONFIGS = [
+    SAEConfig(**SIZE, learning_rate=rate, l1_weight=0.1, auxiliary="auxk", dead_steps=3, seed=seed)
+    for seed, rate in enumerate([1e-3, 1e30, 0.3, 3e-3, 1e-3])
+]
+
+
+class Killed(BaseException):
+    """What no one catches."""
+
+
+@pytest.fixture(autouse=True)
+def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one epoch each, so that there is a checkpoint after every one."""
+    monkeypatch.setattr(trainer, "MAX_CHUNK_EPOCHS", 1)
+
+
+def train(workdir: Path | None, kill_at: int | None = None, **changes: Any) -> Run:
+    def on_epochs(positions: np.ndarray, first: int, history: Any) -> None:
+        if first == kill_at:
+            raise Killed
+
+    call = {
+        "configs": CONFIGS, "train": ROWS, "validation": HELD_OUT, "epochs": EPOCHS, "patience": 3,
+        "progress": False, "checkpoint_seconds": 0, "on_epochs": on_epochs,
+    }  # fmt: skip
+    return sae_jax.train(**{**call, "workdir": workdir, **changes})
+
+
+def assert_same(found: Run, expected: Run) -> None:
+    pd.testing.assert_frame_equal(found.results, expected.results, check_exact=True)
+    pd.testing.assert_frame_equal(found.history, expected.history, check_exact=True)
+    for ours, theirs in zip(found.dictionaries, expected.dictionaries, strict=True):
+        assert (ours is None) == (theirs is None)
+        for a, b in zip(jax.tree.leaves(ours and ours.params),
+                        jax.tree.leaves(theirs and theirs.params), strict=True):  # fmt: skip
+            assert a.tobytes() == b.tobytes()
+
+
+@pytest.fixture(scope="module")
+def undisturbed() -> Run:
+    return train(None)
+
+
+def test_the_run_is_one_worth_resuming(undisturbed: Run) -> None:
+    assert (undisturbed.results["status"] == "diverged").sum() == 1
+    epochs = undisturbed.results["epochs"]
+    assert 1 < epochs[2] < EPOCHS
+    assert (epochs == EPOCHS).any()
+
+
+@pytest.mark.parametrize("kill_at", range(1, EPOCHS))
+def test_killed_after_any_epoch_it_ends_the_same(
+    kill_at: int, undisturbed: Run, tmp_path: Path
+) -> None:
+    with pytest.raises(Killed):
+        train(tmp_path / "run", kill_at)
+    assert list((tmp_path / "run/checkpoints/0000").iterdir())
+    first: list[int] = []
+    found = train(tmp_path / "run", on_epochs=lambda p, epoch, h: first.append(epoch))
+    assert first[0] == kill_at, "what had been trained was trained again"
+    assert_same(found, undisturbed)
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_killed_at_every_epoch_in_turn_it_ends_the_same(undisturbed: Run, tmp_path: Path) -> None:
+    for kill_at in range(1, EPOCHS):
+        with pytest.raises(Killed):
+            train(tmp_path / "run", kill_at)
+    assert_same(train(tmp_path / "run"), undisturbed)
+
+
+def test_it_goes_on_with_another_number_of_devices(
+    undisturbed: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def alone(members: int) -> Mesh:
+        return Mesh(np.asarray(jax.devices()[:1]), ("member",), axis_types=(AxisType.Auto,))
+
+    for before, after in ((alone, None), (None, alone)):
+        folder = tmp_path / str(before)
+        for mesh, kill_at in ((before, 2), (after, None)):
+            with monkeypatch.context() as patch:
+                if mesh is not None:
+                    patch.setattr(distributed, "member_mesh", mesh)
+                if kill_at is None:
+                    found = train(folder)
+                else:
+                    with pytest.raises(Killed):
+                        train(folder, kill_at)
+        for ours, theirs in zip(found.dictionaries, undisturbed.dictionaries, strict=True):
+            for a, b in zip(jax.tree.leaves(ours and ours.params),
+                            jax.tree.leaves(theirs and theirs.params), strict=True):  # fmt: skip
+                assert a.tobytes() == b.tobytes()
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def flip(file: Path) -> None:
+    values = bytearray(file.read_bytes())
+    values[len(values) // 2] ^= 1
+    file.write_bytes(values)
+
+
+# Arrays lie in the files of folders named d.
+@pytest.mark.parametrize("damage", [cut, flip, os.remove], ids=["cut", "flip", "remove"])
+@pytest.mark.parametrize("which", ["latest", "both"])
+def test_a_damaged_checkpoint_is_skipped_with_a_warning(
+    damage: Callable[[Path], None], which: str, undisturbed: Run, tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    with pytest.raises(Killed):
+        train(tmp_path / "run", 4)
+    folder = tmp_path / "run/checkpoints/0000"
+    kept = sorted((p for p in folder.iterdir() if p.name.isdigit()), key=lambda p: int(p.name))
+    assert [p.name for p in kept] == ["3", "4"]
+    for step in kept[-1:] if which == "latest" else kept:
+        for file in step.rglob("d/*"):
+            damage(file)
+    first: list[int] = []
+    with caplog.at_level(logging.WARNING, "absl"):
+        found = train(tmp_path / "run", on_epochs=lambda p, epoch, h: first.append(epoch))
+    assert first[0] == (3 if which == "latest" else 0)
+    assert "checkpoints/0000/4 is skipped" in caplog.text
+    assert_same(found, undisturbed)
+
+
+def test_one_that_was_being_written_is_no_checkpoint(undisturbed: Run, tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        train(tmp_path / "run", 3)
+    folder = tmp_path / "run/checkpoints/0000"
+    half = folder / "4.orbax-checkpoint-tmp-1"
+    shutil.copytree(folder / "3", half)
+    for file in half.rglob("d/*"):
+        cut(file)
+    (half / "commit_success.txt").unlink(missing_ok=True)
+    assert_same(train(tmp_path / "run"), undisturbed)
+
+
+def test_one_of_other_configurations_is_skipped(tmp_path: Path) -> None:
+    tree = {"a": np.arange(3.0)}
+    Checkpoints(tmp_path / "c", [0, 1], 0, Preemption()).save(5, tree)
+    assert Checkpoints(tmp_path / "c", [0, 1], 0, Preemption()).latest(tree) is not None
+    assert Checkpoints(tmp_path / "c", [0, 2], 0, Preemption()).latest(tree) is None
+    other = {"b": np.arange(3.0)}
+    assert Checkpoints(tmp_path / "c", [0, 1], 0, Preemption()).latest(other) is None
+
+
+def test_a_disk_that_refuses_costs_a_warning(
+    undisturbed: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("orbax.checkpoint.CheckpointManager.save", full)
+    with caplog.at_level(logging.WARNING, "absl"):
+        assert_same(train(tmp_path / "run"), undisturbed)
+    assert "no checkpoint could be written" in caplog.text
+
+
+def test_sigterm_saves_and_ends(undisturbed: Run, tmp_path: Path) -> None:
+    def on_epochs(positions: np.ndarray, first: int, history: Any) -> None:
+        if first == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(SystemExit) as stopped:
+        train(tmp_path / "run", on_epochs=on_epochs, checkpoint_seconds=1e9)
+    assert isinstance(stopped.value, Preempted)
+    assert stopped.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    first: list[int] = []
+    found = train(tmp_path / "run", on_epochs=lambda p, epoch, h: first.append(epoch))
+    assert first[0] == 4
+    assert_same(found, undisturbed)
+
+
+def test_handlers_of_others_and_other_threads_are_let_be(tmp_path: Path) -> None:
+    def theirs(*_: Any) -> None:
+        pass
+
+    signal.signal(signal.SIGTERM, theirs)
+    try:
+        with Preemption().watched():
+            assert signal.getsignal(signal.SIGTERM) is theirs
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    runs: list[Run] = []
+    thread = threading.Thread(target=lambda: runs.append(train(tmp_path / "run", epochs=1)))
+    thread.start()
+    thread.join()
+    assert len(runs) == 1
+
+
+def test_checkpoints_are_written_at_an_interval(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[int] = []
+    monkeypatch.setattr(Checkpoints, "save", lambda self, step, tree: saved.append(step))
+    train(tmp_path / "a", checkpoint_seconds=1e9)
+    assert not saved
+    train(tmp_path / "b")
+    assert saved == list(range(1, EPOCHS + 1))
+
+
+def test_killed_processes_resume(tmp_path: Path) -> None:
+    found = trials(2, 2, 120, tmp_path)
+    assert all(identical for _, identical in found)
+    assert sum(killed for killed, _ in found) >= 1
+
+
+def test_a_failing_program_does_not_end_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = SAEConfig(d_in=5, n_latents=7, batch_size=16)
+    real = trainer.train_bucket
+
+    def fails(*args: Any, **kwargs: Any) -> trainer.Trained:
+        if kwargs["architecture"].n_latents == 12:
+            raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "train_bucket", fails)
+        run = train(tmp_path / "run", configs=[*CONFIGS, other])
+        assert run.results["status"].tolist() == ["failed"] * 5 + ["trained"]
+        assert [d is None for d in run.dictionaries] == [True] * 5 + [False]
+        assert np.isnan(run.results["train_r2"][0])
+        assert pd.read_parquet(tmp_path / "run/results.parquet")["member"].tolist() == [5]
+        with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):
+            train(tmp_path / "all")
+    again = train(tmp_path / "run", configs=[*CONFIGS, other])
+    assert "failed" not in set(again.results["status"])
+    assert_same(again, train(None, configs=[*CONFIGS, other]))
