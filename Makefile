@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test lint package clean
+.PHONY: demo test lint package bench clean
 
 demo: .venv/demo-installed  ## Train and name dictionaries of 700 real cells; under two minutes
 	$(BIN)/sae-jax quickstart --workdir=runs/demo --overwrite
@@ -19,6 +19,9 @@ lint: .venv/dev-installed
 package: .venv/dev-installed  ## Build the wheel and import every module from an installation of it
 	$(BIN)/python .ci/packaging.py
 
+bench: .venv/demo-installed .bench-venv/installed  ## Training beside other libraries; BENCH=--quick
+	$(BIN)/python -m experiments.benchmarks.training $(BENCH)
+
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv .venv
@@ -31,5 +34,13 @@ package: .venv/dev-installed  ## Build the wheel and import every module from an
 	$(INSTALL) --editable '.[dev]'
 	touch $@ .venv/demo-installed
 
+# A torchvision of another torch's build breaks whatever looks for one, and no peer needs it to train.
+.bench-venv/installed: bench-requirements.txt
+	$(PYTHON) -m venv --clear .bench-venv
+	.bench-venv/bin/python -m pip install --quiet --requirement bench-requirements.txt
+	.bench-venv/bin/python -c 'import torchvision' 2>/dev/null \
+	  || .bench-venv/bin/python -m pip uninstall --quiet --yes torchvision
+	touch $@
+
 clean:
-	rm -rf .venv build dist *.egg-info runs
+	rm -rf .venv .bench-venv build dist *.egg-info runs

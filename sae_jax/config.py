@@ -406,7 +406,11 @@ def unused_fields(preset: str, given: Mapping[str, Any] | None = None) -> set[st
     unused = {
         field
         for field, uses in USED_WITH.items()
-        if not any(chosen[choice] in values for choice, values in uses.items())
+        # A choice that there is not is refused elsewhere, and by its own name.
+        if not any(
+            chosen[choice] in values or chosen[choice] not in CHOICES[choice]
+            for choice, values in uses.items()
+        )
     }
     return unused | ({"k"} if "k_percent" in required else {"k_percent"})
 

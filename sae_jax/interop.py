@@ -25,11 +25,19 @@ from sae_jax.state import Params
 
 # SAELens takes a cfg.json without a version for one of before 6.0 and drops its metadata.
 SAELENS_VERSION = "6.0.0"
-SAELENS_ARCHITECTURES = {"relu": "standard", "topk": "topk"}
+# What a batch_topk dictionary does with a row is what a jumprelu one does with equal thresholds.
+SAELENS_ARCHITECTURES = {
+    "relu": "standard", "topk": "topk", "batch_topk": "jumprelu", "jump_relu": "jumprelu",
+    "gated": "gated",
+}  # fmt: skip
 
-# dictionary_learning: the name of the decoder's bias, and other tensors that a file may hold.
-_DECODER_BIASES = {"AutoEncoder": "bias", "AutoEncoderTopK": "b_dec"}
-_BESIDE = {"AutoEncoder": set(), "AutoEncoderTopK": {"k", "threshold"}}
+# dictionary_learning: the activation, the name of the decoder's bias, and scalars beside.
+_LEARNED: dict[str, tuple[str, str, set[str]]] = {
+    "AutoEncoder": ("relu", "bias", set()),
+    "AutoEncoderTopK": ("topk", "b_dec", {"k", "threshold"}),
+    "BatchTopKSAE": ("batch_topk", "b_dec", {"k", "threshold"}),
+    "GatedAutoEncoder": ("gated", "decoder_bias", set()),
+}
 
 
 def from_pretrained(path: str | os.PathLike[str]) -> Dictionary:
@@ -60,31 +68,31 @@ def to_saelens(dictionary: Dictionary, path: str | os.PathLike[str]) -> None:
     gives the same codes. Its config and provenance are written as metadata.
 
     Args:
-      dictionary: of activation relu (SAELens' "standard") or topk.
+      dictionary: of any activation: relu is SAELens' "standard", batch_topk and jump_relu are its
+        "jumprelu".
       path: of a new folder: cfg.json and sae_weights.safetensors with W_enc [d_in, latents], b_enc
-        [latents], W_dec [latents, d_in] and b_dec [d_in], zeros where the dictionary has none.
+        [latents], W_dec [latents, d_in] and b_dec [d_in], zeros where the dictionary has none;
+        threshold [latents] of jumprelu; of gated b_gate, b_mag and r_mag [latents] for b_enc.
 
     Raises:
-      InputError: `path` exists, or SAELens has no such architecture.
+      InputError: `path` exists.
     """
     if Path(path).exists():
         raise InputError(f"{path} exists; a dictionary is written to a new folder")
     config = dictionary.config
-    if config.activation not in SAELENS_ARCHITECTURES:
-        raise InputError(
-            f"activation={config.activation!r} is not written for SAELens; "
-            f"{', '.join(SAELENS_ARCHITECTURES)} are"
-        )
     params = dictionary.fold().params
     decoder_bias = params.decoder_bias
     if decoder_bias is None:
         decoder_bias = np.zeros(config.d_in, params.decoder.dtype)
-    tensors = {
-        "W_enc": params.encoder,
-        "b_enc": params.encoder_bias,
-        "W_dec": params.decoder,
-        "b_dec": decoder_bias,
-    }
+    tensors = {"W_enc": params.encoder, "W_dec": params.decoder, "b_dec": decoder_bias}
+    if config.activation == "gated":
+        tensors |= {"b_gate": params.encoder_bias, "b_mag": params.magnitude_bias}
+        tensors["r_mag"] = params.magnitude_gain
+    else:
+        tensors["b_enc"] = params.encoder_bias
+    if params.log_threshold is not None:
+        threshold = np.exp(params.log_threshold)
+        tensors["threshold"] = np.broadcast_to(threshold, config.n_latents)
     cfg = {
         "architecture": SAELENS_ARCHITECTURES[config.activation],
         "d_in": config.d_in,
@@ -112,7 +120,8 @@ def to_saelens(dictionary: Dictionary, path: str | os.PathLike[str]) -> None:
 
 
 def from_saelens(path: str | os.PathLike[str]) -> Dictionary:
-    """Read a folder that SAELens wrote, of version 6 or before: "standard" and "topk".
+    """Read a folder that SAELens wrote, of version 6 or before: "standard", "topk", "jumprelu" and
+    "gated".
 
     apply_b_dec_to_input becomes pre_bias="tied"; rescale_acts_by_decoder_norm is folded into the
     weights. Rows of a hook_z dictionary are given flat, [rows, heads times head dimensions].
@@ -138,15 +147,19 @@ def from_saelens(path: str | os.PathLike[str]) -> Dictionary:
     if not np.all(np.asarray(tensors.pop("scaling_factor", 1), np.float64) == 1):
         raise InputError(f"{weights} has a scaling_factor other than 1, which is not read")
     d, n = fields["d_in"], fields["n_latents"]
-    tensors = _checked(
-        tensors, {"W_enc": (d, n), "b_enc": (n,), "W_dec": (n, d), "b_dec": (d,)}, weights
-    )
+    beside = {"gated": ("b_gate", "b_mag", "r_mag"), "jump_relu": ("b_enc", "threshold")}
+    expected = {"W_enc": (d, n), "W_dec": (n, d), "b_dec": (d,)}
+    expected |= dict.fromkeys(beside.get(fields["activation"], ("b_enc",)), (n,))
+    tensors = _checked(tensors, expected, weights)
     params = Params(
         encoder=tensors["W_enc"],
-        encoder_bias=tensors["b_enc"],
+        encoder_bias=tensors["b_gate" if fields["activation"] == "gated" else "b_enc"],
         decoder=tensors["W_dec"],
         decoder_bias=tensors["b_dec"],
         pre_bias=None,
+        log_threshold=_log(tensors.get("threshold")),
+        magnitude_gain=tensors.get("r_mag"),
+        magnitude_bias=tensors.get("b_mag"),
     )
     if cfg.get("rescale_acts_by_decoder_norm", False):
         params = _unit_decoder(params)
@@ -158,8 +171,9 @@ def from_dictionary_learning(
 ) -> Dictionary:
     """Read a folder of dictionary_learning: ae.pt and config.json; needs torch.
 
-    AutoEncoder and AutoEncoderTopK are read; both subtract the decoder's bias from the input
-    (pre_bias="tied"). AutoEncoderTopK's `threshold` is left out: it serves
+    AutoEncoder, AutoEncoderTopK, BatchTopKSAE and GatedAutoEncoder are read; all subtract the
+    decoder's bias from the input (pre_bias="tied"). BatchTopKSAE encodes with its threshold, as
+    that library does by default. AutoEncoderTopK's `threshold` is left out: it serves
     encode(use_threshold=True) only, which stands in for the top-k where k may vary from row to row;
     that library's own `encode` and `forward` take the top-k unless told otherwise.
 
@@ -177,35 +191,44 @@ def from_dictionary_learning(
     if not isinstance(trainer, dict):
         raise InputError(f"{path / 'config.json'} has no trainer: not dictionary_learning's")
     kind = trainer.get("dict_class")
-    if kind not in _DECODER_BIASES:
+    if kind not in _LEARNED:
         raise InputError(
-            f"{path / 'config.json'} has dict_class {kind!r}; {' and '.join(_DECODER_BIASES)} are "
-            "read, others await their activations"
+            f"{path / 'config.json'} has dict_class {kind!r}; {', '.join(_LEARNED)} are read"
         )
+    activation, bias, beside = _LEARNED[kind]
     weights = path / "ae.pt"
     tensors = _load_torch(weights)
-    extra = {name: tensors.pop(name) for name in _BESIDE[kind] & set(tensors)}
+    extra = {name: tensors.pop(name) for name in beside & set(tensors)}
     if np.ndim(tensors.get("encoder.weight")) != 2:
         raise InputError(f"{weights} has no matrix encoder.weight, it holds {sorted(tensors)}")
     n, d = tensors["encoder.weight"].shape
     for name, size in (("activation_dim", d), ("dict_size", n)):
         if trainer.get(name, size) != size:
             raise InputError(f"{path}: config.json has {name}={trainer[name]!r}, ae.pt {size}")
-    bias = _DECODER_BIASES[kind]
-    expected = {"encoder.weight": (n, d), "encoder.bias": (n,), "decoder.weight": (d, n)}
-    tensors = _checked(tensors, expected | {bias: (d,)}, weights)
+    own = ("gate_bias", "mag_bias", "r_mag") if activation == "gated" else ("encoder.bias",)
+    expected = {"encoder.weight": (n, d), "decoder.weight": (d, n), bias: (d,)}
+    tensors = _checked(tensors, expected | dict.fromkeys(own, (n,)), weights)
     fields = {"d_in": d, "n_latents": n, "pre_bias": "tied", "name": "dictionary_learning"}
-    if kind == "AutoEncoderTopK":
+    fields["activation"] = activation
+    if "k" in beside:
         k = trainer.get("k", extra["k"].item() if "k" in extra else None)
         if "k" in extra and extra["k"].item() != k:
             raise InputError(f"{path}: config.json has k={k!r}, ae.pt {extra['k'].item()}")
-        fields |= {"activation": "topk", "k": k}
+        fields["k"] = k
+    threshold = None
+    if activation == "batch_topk":
+        if "threshold" not in extra:
+            raise InputError(f"{weights} has no threshold, by which a BatchTopKSAE encodes")
+        threshold = np.asarray(extra["threshold"], tensors["encoder.weight"].dtype).reshape(1)
     params = Params(
         encoder=np.ascontiguousarray(tensors["encoder.weight"].T),
-        encoder_bias=tensors["encoder.bias"],
+        encoder_bias=tensors[own[0]],
         decoder=np.ascontiguousarray(tensors["decoder.weight"].T),
         decoder_bias=tensors[bias],
         pre_bias=None,
+        log_threshold=_log(threshold),
+        magnitude_gain=tensors.get("r_mag"),
+        magnitude_bias=tensors.get("mag_bias"),
     )
     if kind == "AutoEncoder" and normalize_decoder:
         params = _unit_decoder(params)
@@ -221,8 +244,7 @@ def _saelens_fields(cfg: dict[str, Any], path: Path) -> dict[str, Any]:
     activations = {name: activation for activation, name in SAELENS_ARCHITECTURES.items()}
     if architecture not in activations:
         raise InputError(
-            f"{path} has architecture {architecture!r}; {', '.join(activations)} are read, others "
-            "await their activations"
+            f"{path} has architecture {architecture!r}; {', '.join(activations)} are read"
         )
     if function not in (None, "relu", "topk"):
         raise InputError(f"{path} has the activation function {function!r}, which is not read")
@@ -249,6 +271,13 @@ def _saelens_fields(cfg: dict[str, Any], path: Path) -> dict[str, Any]:
     if architecture == "topk":
         fields["k"] = cfg.get("k", (cfg.get("activation_fn_kwargs") or {}).get("k"))
     return SAEConfig.from_dict(fields).to_dict()
+
+
+def _log(threshold: np.ndarray | None) -> np.ndarray | None:
+    """Of what codes must exceed; ReLU goes before it, so 0 and less are the same."""
+    if threshold is None:
+        return None
+    return np.log(np.maximum(threshold, np.finfo(threshold.dtype).tiny))
 
 
 def _dictionary(fields: dict[str, Any], params: Params, source: dict[str, Any]) -> Dictionary:

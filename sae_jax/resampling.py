@@ -10,6 +10,9 @@ Two things differ from the text, for batches of cells instead of billions of tok
 those of one batch, not of 819,200 inputs. And no row is drawn twice at a time, since two latents
 that start equal stay equal for good: what dead latents there are beyond the rows of a batch wait
 for the next time.
+
+It is for codes that a latent earns by itself. Under a top-k the new ones, being short, are seldom
+among the k: `auxiliary="auxk"` revives those.
 """
 
 import jax

@@ -11,6 +11,7 @@ import pytest
 import safetensors.numpy
 
 from sae_jax import Dictionary, InputError, SAEConfig, interop
+from sae_jax.config import CHOICES
 from sae_jax.state import Normalizer, Params
 
 D, N = 6, 17
@@ -45,6 +46,10 @@ def build(**choices: Any) -> Dictionary:
         decoder_bias=draw(D) if config.decoder_bias == "free" else None,
         pre_bias=draw(D) if config.pre_bias == "free" else None,
     )
+    if config.activation in ("jump_relu", "batch_topk"):
+        params = params.replace(log_threshold=draw(N if config.activation == "jump_relu" else 1))
+    if config.activation == "gated":
+        params = params.replace(magnitude_gain=draw(N), magnitude_bias=draw(N))
     normalizer = None
     if config.input_normalization != "none":
         normalizer = Normalizer(mean=draw(D), scale=np.abs(draw(D)) + np.float32(0.5))
@@ -73,7 +78,7 @@ def write_learned(folder: Path, state: dict[str, Any], **trainer: Any) -> Path:
 VARIANTS = [
     {"activation": activation, "pre_bias": pre_bias, "input_normalization": normal, **extra}
     for activation, pre_bias, normal in itertools.product(
-        ("relu", "topk"), ("none", "free", "tied"), ("none", "zscore")
+        CHOICES["activation"], ("none", "free", "tied"), ("none", "zscore")
     )
     for extra in ({}, {"decoder_bias": "none"})
     if not (extra and pre_bias == "tied")
@@ -81,7 +86,7 @@ VARIANTS = [
 
 
 def of(choices: dict[str, str]) -> Dictionary:
-    return build(**choices, k=4 if choices["activation"] == "topk" else None)
+    return build(**choices, k=4 if choices["activation"] in ("topk", "batch_topk") else None)
 
 
 @pytest.mark.parametrize("choices", VARIANTS, ids=lambda v: "-".join(v.values()))
@@ -91,7 +96,10 @@ def test_to_saelens_and_back(choices: dict[str, str], tmp_path: Path) -> None:
     back = interop.from_saelens(tmp_path / "d")
     folded = made.fold()
     z = folded.encode(X)
-    np.testing.assert_array_equal(back.encode(X), z)
+    if made.params.log_threshold is None:
+        np.testing.assert_array_equal(back.encode(X), z)
+    else:  # a threshold is written as itself, and kept as its logarithm
+        np.testing.assert_allclose(back.encode(X), z, rtol=1e-6)
     np.testing.assert_array_equal(back.decode(z), folded.decode(z))
     np.testing.assert_allclose(z, made.encode(X), rtol=1e-5, atol=1e-5 * z.max())
 
@@ -186,8 +194,9 @@ def test_half_precision_weights_become_float32(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architecture": "jumprelu"}, "architecture 'jumprelu'; standard, topk are read"),
-        ({"architecture": "gated"}, "architecture 'gated'"),
+        ({"architecture": "transcoder"}, "'transcoder'; standard, topk, jumprelu, gated are"),
+        ({"architecture": "jumprelu"}, "expected are .*threshold"),
+        ({"architecture": "gated"}, "expected are .*b_gate"),
         ({"activation_fn_str": "tanh-relu"}, "activation function 'tanh-relu'"),
         ({"normalize_activations": "expected_average_only_in"}, "expected_average_only_in"),
         ({"normalize_activations": "layer_norm"}, "layer_norm"),
@@ -287,8 +296,12 @@ def test_autoencoder_topk_by_hand(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("extra", "trainer", "message"),
     [
-        ({}, {"dict_class": "GatedAutoEncoder"}, "'GatedAutoEncoder'; AutoEncoder and Auto"),
-        ({}, {"dict_class": "JumpReluAutoEncoder"}, "'JumpReluAutoEncoder'"),
+        ({}, {"dict_class": "GatedAutoEncoder"}, "expected are"),
+        (
+            {},
+            {"dict_class": "JumpReluAutoEncoder"},
+            "'JumpReluAutoEncoder'; AutoEncoder, AutoEncoderTopK",
+        ),
         ({}, {"dict_class": "AutoEncoder"}, "expected are"),
         ({"bias": HAND["b_enc"]}, {"dict_class": "AutoEncoder"}, "expected are"),
         ({"bias": HAND["b_dec"]}, {"dict_class": "AutoEncoder", "dict_size": 4}, "dict_size=4"),
@@ -343,3 +356,39 @@ def test_saelens_itself_gives_the_same_codes(choices: dict[str, str], tmp_path: 
     np.testing.assert_allclose(codes.numpy(), z, rtol=1e-5, atol=1e-5 * z.max())
     ours = made.decode(z)
     np.testing.assert_allclose(out, ours, rtol=1e-5, atol=1e-5 * np.abs(ours).max())
+
+
+def test_a_threshold_of_zero_or_less_is_a_relu(tmp_path: Path) -> None:
+    tensors = HAND | {"threshold": np.float32([0, -1, 2])}
+    made = interop.from_saelens(write_saelens(tmp_path / "d", tensors, architecture="jumprelu"))
+    pre = ROWS @ HAND["W_enc"] + HAND["b_enc"]
+    expected = np.where(pre > [[0, 0, 2]], pre, 0)
+    np.testing.assert_allclose(made.encode(ROWS), expected)
+
+
+@pytest.mark.parametrize("kind", ["BatchTopKSAE", "GatedAutoEncoder"])
+def test_others_of_dictionary_learning_by_their_equations(kind: str, tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+
+    def draw(*shape: int) -> np.ndarray:
+        return random.normal(size=shape).astype(np.float32)
+
+    tensors = {"encoder.weight": draw(N, D), "decoder.weight": draw(D, N)}
+    if kind == "BatchTopKSAE":
+        tensors |= {"encoder.bias": draw(N), "b_dec": draw(D)}
+        scalars = {"threshold": 0.7, "k": 3}
+        pre = (X - tensors["b_dec"]) @ tensors["encoder.weight"].T + tensors["encoder.bias"]
+        expected, bias = np.where(pre > 0.7, pre, 0), tensors["b_dec"]
+        folder = write_learned(tmp_path / "d", tensors | scalars, dict_class=kind, k=3)
+    else:
+        own = {name: draw(N) for name in ("r_mag", "gate_bias", "mag_bias")}
+        tensors |= {**own, "decoder_bias": draw(D)}
+        product = (X - tensors["decoder_bias"]) @ tensors["encoder.weight"].T
+        magnitude = np.maximum(np.exp(own["r_mag"]) * product + own["mag_bias"], 0)
+        expected = np.where(product + own["gate_bias"] > 0, magnitude, 0)
+        bias = tensors["decoder_bias"]
+        folder = write_learned(tmp_path / "d", tensors, dict_class=kind)
+    made = Dictionary.from_pretrained(folder)
+    np.testing.assert_allclose(made.encode(X), expected, rtol=1e-4, atol=1e-4)
+    out = expected @ tensors["decoder.weight"].T + bias
+    np.testing.assert_allclose(made.decode(expected), out, rtol=1e-4, atol=1e-3)
