@@ -11,11 +11,13 @@ VERSION = re.search(r'__version__ = "(.+)"', (HERE / "sae_jax/__init__.py").read
 EXTRAS = {
     "single-cell": ["scanpy>=1.10", "umap-learn>=0.5.6", "statsmodels>=0.14"],
     "extract": ["torch>=2.4", "transformers>=4.44"],
+    "tensorboard": ["tensorboardX>=2.6"],
     "browser": ["fastapi", "uvicorn", "jinja2", "plotly"],
     "cuda": ["jax[cuda13]"],
 }
 EXTRAS["dev"] = [
     *EXTRAS["single-cell"],
+    *EXTRAS["tensorboard"],
     "torch>=2.4",
     "build",
     "hypothesis",
@@ -55,6 +57,7 @@ setup(
         "orbax-checkpoint>=0.11",
         "pandas>=2.2",
         "pyarrow>=17",
+        "pyyaml>=6",
         "safetensors>=0.4.5",
         "scikit-learn>=1.5",
         "scipy>=1.14",

@@ -1,0 +1,216 @@
+"""`train` and what it shares with `sweep`: rows, splits, files of configurations, processes."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+
+import sae_jax
+from experiments import configurations, sweep, train
+from sae_jax import InputError, SAEConfig
+
+ROWS = np.random.default_rng(0).normal(size=(400, 4)).astype(np.float32)
+FLAGS = {"preset": "vanilla", "n_latents": "8", "l1_weight": "0.1", "batch_size": "32"}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Callable[..., Path]:
+    """Runs a program in this process; None takes a flag away."""
+    np.save(tmp_path / "rows.npy", ROWS)
+
+    def call(program: Any = train, **given: str | None) -> Path:
+        settings = {
+            "data": str(tmp_path / "rows.npy"), "workdir": str(tmp_path / "out"), "epochs": "3",
+            **FLAGS, **given,
+        }  # fmt: skip
+        words = [f"--{name}={value}" for name, value in settings.items() if value is not None]
+        with flagsaver.flagsaver():
+            program.define_flags()
+            flags.FLAGS(["program", *words])
+            program.main()
+        return Path(settings["workdir"])
+
+    return call
+
+
+def test_one_configuration_and_its_files(
+    run: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = run()
+    assert sorted(path.name for path in out.iterdir()) == sorted(train.FILES)
+    assert {path.name for path in (out / "figures").iterdir()} == {"training.png", "training.pdf"}
+    printed = capsys.readouterr().out
+    row = pd.read_parquet(out / "results.parquet").iloc[0]
+    assert f"{row['validation_r2']:.4g}" in printed
+    dictionary = sae_jax.Dictionary.load(out / "dictionaries/0000")
+    assert dictionary.provenance["validation_share"] == 0.1
+    assert dictionary.provenance["data"].endswith("rows.npy")
+
+
+def test_several_are_for_a_sweep(run: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="2 configurations; `sae-jax sweep`"):
+        run(n_latents="8,16")
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_that_diverges_ends_with_an_error(run: Callable[..., Path]) -> None:
+    with pytest.raises(SystemExit, match="diverged after 1 epochs"):
+        run(learning_rate="1e30")
+
+
+@pytest.mark.parametrize("suffix", [".h5ad", ".zarr"])
+def test_a_column_of_obs_splits_the_rows(
+    run: Callable[..., Path], tmp_path: Path, suffix: str
+) -> None:
+    part = np.repeat(["train", "val", "test"], [300, 60, 40])
+    order = np.random.default_rng(1).permutation(400)
+    obs = pd.DataFrame({"part": part[order]}, index=[f"c{i}" for i in range(400)])
+    cells = anndata.AnnData(ROWS, obs=obs)
+    getattr(cells, "write_h5ad" if suffix == ".h5ad" else "write_zarr")(tmp_path / f"cells{suffix}")
+    out = run(data=str(tmp_path / f"cells{suffix}"), split="part")
+    dictionary = sae_jax.Dictionary.load(out / "dictionaries/0000")
+    row = pd.read_parquet(out / "results.parquet").iloc[0]
+    for split, name in (("train", "train"), ("validation", "val"), ("test", "test")):
+        x = ROWS[part[order] == name]
+        error = np.square(x - dictionary.decode(dictionary.encode(x))).mean()
+        assert row[f"{split}_mse"] == pytest.approx(error, rel=1e-4)
+    assert dictionary.provenance["split"] == "part"
+    with pytest.raises(InputError, match="leave out --validation"):
+        run(data=str(tmp_path / f"cells{suffix}"), split="part", validation="0.2")
+
+
+def test_rows_beyond_the_memory_are_streamed_to_the_same_end_each_time(
+    run: Callable[..., Path], tmp_path: Path
+) -> None:
+    gib = str(3 * 2 * 32 * 16 / 2**30)  # three buffers of two batches
+    streamed = [
+        run(resident_gib=gib, workdir=str(tmp_path / name), patience="2", epochs="5")
+        for name in ("a", "b")
+    ]
+    weights = [(out / "dictionaries/0000/sae_weights.safetensors").read_bytes() for out in streamed]
+    assert weights[0] == weights[1]
+    provenance = sae_jax.Dictionary.load(streamed[0] / "dictionaries/0000").provenance
+    assert provenance["resident_bytes"] == 3 * 2 * 32 * 16
+    resident = run(workdir=str(tmp_path / "c"))
+    losses = [pd.read_parquet(out / "history.parquet")["loss"] for out in (streamed[0], resident)]
+    np.testing.assert_allclose(losses[0].iloc[:3], losses[1], rtol=0.1)
+    with pytest.raises(InputError, match="do not hold two batches"):
+        run(resident_gib="1e-8", workdir=str(tmp_path / "d"))
+
+
+def test_scalars_for_tensorboard(run: Callable[..., Path]) -> None:
+    pytest.importorskip("tensorboardX")
+    event_pb2 = pytest.importorskip("tensorboardX.proto.event_pb2")
+    record = pytest.importorskip("tensorboardX.event_file_writer")
+    out = run(sweep, n_latents="8,16", tensorboard="true")
+    assert sorted(p.name for p in (out / "tensorboard").iterdir()) == ["0000", "0001"]
+    history = pd.read_parquet(out / "history.parquet").query("member == 1")
+    (file,) = (out / "tensorboard/0001").iterdir()
+    content, values, at = file.read_bytes(), {}, 0
+    while at < len(content):  # records: length, its checksum, the event, its checksum
+        size = int.from_bytes(content[at : at + 8], "little")
+        event = event_pb2.Event.FromString(content[at + 12 : at + 12 + size])
+        values |= {(v.tag, event.step): v.simple_value for v in event.summary.value}
+        at += 16 + size
+    assert record is not None
+    for _, row in history.iterrows():
+        assert values["loss", row["epoch"]] == pytest.approx(row["loss"])
+        assert values["l0", row["epoch"]] == pytest.approx(row["l0"])
+
+
+YAML = """
+presets:
+  vanilla: {n_latents: [8, 12], l1_weight: [1e-3, 0.1], seed: 3}
+  topk: {n_latents: 8, k: [2, 3]}
+"""
+PYTHON = """
+from sae_jax import SAEConfig, grid
+def configs(d_in):
+    return [SAEConfig(d_in=d_in, n_latents=5 * d_in, l1_weight=0.1), *grid(
+        "topk", d_in=d_in, n_latents=8, k=[2, 3])]
+"""
+
+
+def test_files_of_configurations(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(YAML)
+    found = configurations.configs_from_file(tmp_path / "c.yaml", 4)
+    expected = sae_jax.grid(
+        "vanilla", d_in=4, n_latents=[8, 12], l1_weight=[1e-3, 0.1], seed=3
+    ) + sae_jax.grid("topk", d_in=4, n_latents=8, k=[2, 3])
+    assert found == expected
+    (tmp_path / "c.py").write_text(PYTHON)
+    found = configurations.configs_from_file(tmp_path / "c.py", 4)
+    assert found[0] == SAEConfig(d_in=4, n_latents=20, l1_weight=0.1)
+    assert found[1:] == expected[4:]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("c.yaml", "presets: [1, 2", "cannot be read as YAML"),
+        ("c.yaml", "a: !!python/object/apply:os.system ['true']", "cannot be read as YAML"),
+        ("c.yaml", "presets: {vanilla: {n_latents: 8, l1_weight: high}}", "l1_weight='high'"),
+        ("c.py", "configs = 3", "must define `configs`"),
+        ("c.py", "1 / 0", "ZeroDivisionError"),
+        ("c.py", "configs = []", "holds no configurations"),
+        ("d.py", None, "there is no file"),
+        ("c.json", "[", "cannot be read as JSON"),
+    ],
+)
+def test_files_that_are_refused(tmp_path: Path, name: str, text: str | None, message: str) -> None:
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=message):
+        configurations.configs_from_file(tmp_path / name, 4)
+
+
+def test_processes_started_together_share_the_grid(tmp_path: Path) -> None:
+    np.save(tmp_path / "rows.npy", ROWS)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    command = [
+        sys.executable, "-m", "experiments.sweep", "--multihost", f"--data={tmp_path}/rows.npy",
+        f"--workdir={tmp_path}/out", "--epochs=1", "--preset=vanilla", "--n_latents=8,16",
+        "--l1_weight=0.1,1", "--seeds=0,1,2", "--batch_size=32",
+    ]  # fmt: skip
+    processes = [
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env={**os.environ, "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2",
+                 "JAX_PROCESS_ID": str(i)},
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    printed = [process.communicate(timeout=240)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], printed
+    shards = sorted((tmp_path / "out").iterdir())
+    assert [path.name for path in shards] == ["shard-000-of-002", "shard-001-of-002"]
+    trained = [
+        SAEConfig.from_dict(fields)
+        for path in shards
+        for fields in json.loads((path / "configs.json").read_text())["configs"]
+    ]
+    whole = sae_jax.grid(
+        "vanilla", d_in=4, n_latents=[8, 16], l1_weight=[0.1, 1], seed=[0, 1, 2], batch_size=32
+    )
+    assert len(trained) == 12
+    assert set(trained) == set(whole)
+    for path in shards:
+        assert (pd.read_parquet(path / "results.parquet")["status"] == "trained").all()
+
+
+def test_multihost_alone_is_refused(run: Callable[..., Path]) -> None:
+    with pytest.raises(InputError, match="no other processes are found"):
+        run(sweep, multihost="true")
