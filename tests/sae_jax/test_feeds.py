@@ -1,0 +1,98 @@
+"""Rows that are streamed train as rows in memory do, in the same order."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sae_jax
+from sae_jax import (
+    SAEConfig,
+    data,
+    distributed,
+    ensemble,
+    feeds,
+    models,
+    steps,
+    streaming,
+    trainer,
+)
+
+ROWS = (np.random.default_rng(0).normal(size=(1000, 6)) * 3 + 1).astype(np.float32)
+HELD_OUT = ROWS[:90]
+SIZE = {"d_in": 6, "n_latents": 16, "batch_size": 32, "input_normalization": "zscore"}
+CONFIGS = [SAEConfig(**SIZE, l1_weight=w, activation="relu") for w in (0.1, 1.0, 0.3)]
+
+
+def test_the_weights_are_those_of_memory_bit_for_bit(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", ROWS)
+    rows = data.check_rows(data.open_rows(str(tmp_path / "x.npy")), "train")
+    architecture, mesh = CONFIGS[0].architecture, distributed.member_mesh(3)
+    normalizer = data.fit_normalizer(rows, "zscore")
+    plan = streaming.Plan(rows=1000, batch_size=32, block=64, buffer_rows=96, data_seed=3)
+    hyper = ensemble.stack_hyperparams(CONFIGS, mesh, np.float32, 3 * plan.steps)
+    inputs, held_out = (models.normalize(jnp.asarray(x), normalizer) for x in (ROWS, HELD_OUT))
+    trained = trainer.train_bucket(
+        hyper, feeds.Stream(rows, plan, normalizer), architecture=architecture, mesh=mesh,
+        epochs=3, data_seed=3, on_chunk=lambda *_: None, validation=held_out,
+    )  # fmt: skip
+    epoch = jax.jit(
+        lambda state, own, order: steps.take_steps(state, own, inputs, order, architecture)
+    )
+    for i in range(3):
+        own = jax.tree.map(lambda leaf, i=i: leaf[i], hyper)
+        state = steps.init_member(own, architecture, np.float32)
+        for number in range(3):
+            state, means = epoch(state, own, plan.positions(number).astype(np.int32))
+            np.testing.assert_allclose(trained.history.loss[i, number], means.loss, rtol=1e-6)
+            expected = steps.validation_loss(state.params, own, held_out, architecture)
+            found = trained.history.validation_loss[i, number]
+            np.testing.assert_allclose(found, expected, rtol=1e-6)
+        for name, value in vars(state.params).items():
+            if value is not None:
+                assert getattr(trained.params, name)[i].tobytes() == np.asarray(value).tobytes()
+
+
+@pytest.mark.parametrize("kill_at", [1, 3])
+def test_a_stream_resumes_bit_for_bit(
+    kill_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "MAX_CHUNK_EPOCHS", 1)  # a checkpoint after every epoch
+
+    class Killed(BaseException):
+        pass
+
+    def on_epochs(positions: np.ndarray, first: int, history: object) -> None:
+        if first == kill_at:
+            raise Killed
+
+    call = {
+        "configs": CONFIGS, "train": ROWS, "validation": HELD_OUT, "epochs": 5, "patience": 2,
+        "progress": False, "resident_bytes": 6 * 32 * 24, "checkpoint_seconds": 0,
+    }  # fmt: skip
+    expected = sae_jax.train(**call)
+    with pytest.raises(Killed):
+        sae_jax.train(**call, workdir=tmp_path / "run", on_epochs=on_epochs)
+    found = sae_jax.train(**call, workdir=tmp_path / "run")
+    for ours, theirs in zip(found.dictionaries, expected.dictionaries, strict=True):
+        for a, b in zip(jax.tree.leaves(ours.params), jax.tree.leaves(theirs.params), strict=True):
+            assert a.tobytes() == b.tobytes()
+
+
+def test_members_that_stop_early_end_the_reading(tmp_path: Path) -> None:
+    configs = [SAEConfig(**SIZE, learning_rate=1e30, l1_weight=0.1)]
+    run = sae_jax.train(configs, ROWS, epochs=50, progress=False, resident_bytes=6 * 32 * 24)
+    assert run.results["status"].tolist() == ["diverged"]
+    assert run.results["epochs"].tolist() == [1]
+
+
+def test_what_fits_is_read_into_memory(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", ROWS)
+    rows = data.open_rows(str(tmp_path / "x.npy"))
+    from_file = sae_jax.train(CONFIGS, rows, epochs=2, progress=False)
+    from_array = sae_jax.train(CONFIGS, ROWS, epochs=2, progress=False)
+    for ours, theirs in zip(from_file.dictionaries, from_array.dictionaries, strict=True):
+        assert ours.params.encoder.tobytes() == theirs.params.encoder.tobytes()
+        assert "resident_bytes" not in ours.provenance
