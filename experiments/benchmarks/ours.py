@@ -10,6 +10,7 @@ import numpy as np
 
 from experiments.benchmarks.jobs import CHECKED_EPOCHS, Job, Prepared
 from sae_jax import SAEConfig, distributed, ensemble, models, steps, trainer
+from sae_jax.state import Params
 
 DATA_SEED = 0
 ORDERS = 8  # orders of rows given to the peers, who go through them again and again
@@ -41,6 +42,11 @@ def bucket(
         return jax.block_until_ready(trained)
 
     return train
+
+
+def members(params: Params, chosen: np.ndarray) -> Params:
+    """Those of a bucket's members, [chosen, ...]."""
+    return jax.tree.map(lambda leaf: np.asarray(leaf)[chosen], params)
 
 
 def rate(configs: Sequence[SAEConfig], rows: np.ndarray, epochs: int, repeats: int) -> dict:

@@ -8,10 +8,10 @@ weights 1e-1 to 1e-5 for `vanilla` and `bricken`, k of 5 to 100 % for `topk_schu
 batch 128, 500 epochs. Here all 512 train for --epochs of them (50), in 24 programs; the CPU time of
 an epoch and of what comes before the first are kept apart, and the former counts 500 times.
 
-The metrics (A.2.4), of --metrics_members of each program and counted for all: codes of all rows;
-active latents (any code > 1e-10); redundant ones (Pearson's r with an earlier one at least .95);
-for each variable of the simulation the largest |r| and the latents with r and |r| of at least .95.
-They are of dictionaries that have trained for --epochs, and cost more the more latents are active.
+The metrics (A.2.4), of --metrics_members of each program and counted for all: those of
+`sae_jax.metrics`, redundant latents (Pearson's r with an earlier one at least .95), and for each
+variable of the simulation the largest |r| and the latents with r and |r| of at least .95.
+They are of dictionaries that have trained for --epochs.
 
 Data: A ~ Poisson(2), one a row; X ~ Bernoulli(.5, .1, .9); X' = A X; Y = X' M with M of the code.
 The SAEs see 4 dimensions. In the paper these are the latents of a small autoencoder of Y; here, as
@@ -32,6 +32,7 @@ from experiments.benchmarks import table
 
 if TYPE_CHECKING:
     from sae_jax import SAEConfig
+    from sae_jax.state import Params
 
 EPOCHS, ROWS = 500, 12000
 SCALINGS = (2, 5, 10, 20, 50, 100, 200, 1000)
@@ -39,8 +40,7 @@ RATES = (1e-2, 1e-3, 1e-4, 1e-5)
 L1 = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 PERCENTS = (5, 10, 20, 50, 75, 100)
 M = np.array([[0, 1, 1, 0, 0], [1, 1, 0, 1, 0], [0, 0, 0, 1, 1]])
-REDUNDANT = 0.95
-ACTIVE = 1e-10
+HIGH = 0.95
 QUICK_EPOCHS, QUICK_MEMBERS = 3, 1
 
 FLAGS = flags.FLAGS
@@ -116,52 +116,65 @@ def measure(
     bucket: list["SAEConfig"], rows: np.ndarray, variables: np.ndarray, epochs: int, members: int
 ) -> dict[str, Any]:
     """One program: seconds of training and of metrics, as measured and as they add up."""
-    import jax
-
     from experiments.benchmarks import ours
-    from sae_jax import Dictionary
 
     began = time.perf_counter()
     training, trained = ours.timed(bucket, rows, epochs)
     assert trained is not None
     chosen = np.linspace(0, len(bucket) - 1, min(members, len(bucket))).astype(int)
-    seconds, active = [], []
-    for i in chosen:
-        weights = jax.tree.map(lambda leaf, i=i: leaf[i], trained.params)
-        dictionary = Dictionary(bucket[i], weights, None)
-        if i == chosen[0]:
-            dictionary.encode(rows)  # compiles
+    some = [bucket[i] for i in chosen]
+    params = ours.members(trained.params, chosen)
+    for _ in range(2):  # the first compiles
         clock = time.process_time()
-        active.append(recovery(dictionary.encode(rows), variables)["active"])
-        seconds.append(time.process_time() - clock)
+        found = metrics_of(some, params, rows, variables)
+        seconds = time.process_time() - clock
     return {
         "preset": bucket[0].name,
         "n_latents": bucket[0].n_latents,
         "members": len(bucket),
         **training,
-        "active": [int(count) for count in active],
+        "active": found["live"].tolist(),
+        "redundant": found["redundant"].tolist(),
         "wall_spent": time.perf_counter() - began,
         "wall_training": training["wall_first"] + EPOCHS * training["wall_per_epoch"],
         "cpu_training": EPOCHS * training["cpu_per_epoch"],
-        "cpu_metrics": float(np.mean(seconds)) * len(bucket),
+        "cpu_metrics": seconds / len(chosen) * len(bucket),
     }
 
 
-def recovery(z: np.ndarray, variables: np.ndarray) -> dict[str, Any]:
-    """Metrics of codes z [rows, latents] against variables [rows, variables]."""
-    fires = z > ACTIVE
-    active = fires.any(axis=0)
-    z, variables = _standardized(z[:, active]), _standardized(variables)
-    among = np.triu(z.T @ z, k=1)
-    r = z.T @ variables
-    none = np.zeros(variables.shape[1])
+def metrics_of(
+    configs: Sequence["SAEConfig"], params: "Params", rows: np.ndarray, variables: np.ndarray
+) -> dict[str, Any]:
+    """Metrics of members that share an architecture, params [members, ...], of rows [rows, 4]."""
+    import jax
+
+    from sae_jax import Dictionary, distributed, ensemble, metrics, redundancy
+
+    mesh = distributed.member_mesh(len(configs))
+    hyper = ensemble.stack_hyperparams(configs, mesh, np.float32)
+    filled = np.arange(len(hyper.seed)).clip(max=len(configs) - 1)
+    of_all = {"architecture": configs[0].architecture, "mesh": mesh}
+    members = jax.tree.map(lambda leaf: leaf[filled], params)
+    found = metrics.evaluate(members, hyper, rows, None, **of_all)
+    repeats = redundancy.redundant(members, hyper, rows, None, **of_all)
+    correlations = []
+    for i, config in enumerate(configs):
+        weights = jax.tree.map(lambda leaf, i=i: leaf[i], params)
+        correlations.append(correlated(Dictionary(config, weights, None).encode(rows), variables))
     return {
-        "active": int(active.sum()),
-        "active_per_row": float(fires.sum() / len(fires)),
-        "redundant": int((among >= REDUNDANT).any(axis=0).sum()),
-        "highest": np.abs(r).max(axis=0) if len(r) else none,
-        "latents_per_variable": (r >= REDUNDANT).sum(axis=0),
-        "latents_per_variable_absolute": (np.abs(r) >= REDUNDANT).sum(axis=0),
+        **{name: value[: len(configs)] for name, value in found.items()},
+        "redundant": repeats[: len(configs)].sum(axis=1),
+        **{name: np.stack([each[name] for each in correlations]) for name in correlations[0]},
+    }
+
+
+def correlated(z: np.ndarray, variables: np.ndarray) -> dict[str, np.ndarray]:
+    """Pearson's r of codes z [rows, latents] with variables [rows, variables], by variable."""
+    r = _standardized(z).T @ _standardized(variables)
+    return {
+        "highest": np.abs(r).max(axis=0),
+        "latents_per_variable": (r >= HIGH).sum(axis=0),
+        "latents_per_variable_absolute": (np.abs(r) >= HIGH).sum(axis=0),
     }
 
 

@@ -272,7 +272,7 @@ def test_a_program_of_the_small_sweep_adds_up() -> None:
     found = small_sweep.measure(bucket, data, variables, epochs=3, members=2)
     assert found["members"] == len(bucket) == 20
     assert found["epochs"] == 3
-    assert len(found["active"]) == 2
+    assert len(found["active"]) == len(found["redundant"]) == 2
     assert found["cpu_training"] == pytest.approx(500 * found["cpu_per_epoch"])
     total = found["cpu_first"] + found["cpu_training"] + found["cpu_metrics"]
     shown = small_sweep.text([found])
@@ -283,10 +283,7 @@ def test_metrics_of_known_codes() -> None:
     random = np.random.default_rng(0)
     a, b = random.random((2, 1000))
     z = np.stack([a, np.zeros(1000), a, b, 0 * b + 1], axis=1)  # twice a, dead, b, constant
-    found = small_sweep.recovery(z, np.stack([a, -b], axis=1))
-    assert found["active"] == 4
-    assert found["redundant"] == 1
-    assert found["active_per_row"] == pytest.approx(4)
+    found = small_sweep.correlated(z, np.stack([a, -b], axis=1))
     np.testing.assert_allclose(found["highest"], [1, 1])
     np.testing.assert_array_equal(found["latents_per_variable"], [2, 0])
     np.testing.assert_array_equal(found["latents_per_variable_absolute"], [2, 1])
