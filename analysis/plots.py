@@ -179,7 +179,11 @@ def training(history: pd.DataFrame) -> Figure:
         l0.plot(rows["epoch"], rows["l0"], linewidth=1.4, color=line.get_color(), label=str(member))
     positive = (history[["loss", "validation_loss"]].min() > 0).any()
     loss.set(xlabel="epoch", ylabel="loss", yscale="log" if positive else "linear")
-    l0.set(xlabel="epoch", ylabel="active latents a row (L0)", ylim=(0, None))
+    most = history["l0"].max()
+    l0.set(
+        xlabel="epoch", ylabel="active latents a row (L0)",
+        ylim=(0, 1.08 * most if most > 0 else 1),
+    )  # fmt: skip
     if history["member"].nunique() == 1:
         loss.legend(frameon=False)
     for axes in (loss, l0):
