@@ -1,5 +1,6 @@
 """A bucket from configurations to finished members: normalise, train, measure."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,17 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
-from sae_jax import data, distributed, ensemble, metrics, models, steps, streaming, trainer
+from sae_jax import (
+    data,
+    distributed,
+    ensemble,
+    metrics,
+    models,
+    programs,
+    steps,
+    streaming,
+    trainer,
+)
 from sae_jax.center import geometric_median
 from sae_jax.checkpoint import Checkpoints
 from sae_jax.config import Architecture, SAEConfig
@@ -18,6 +29,9 @@ from sae_jax.feeds import Stream
 from sae_jax.state import History, Normalizer
 from sae_jax.streaming import Rows
 from sae_jax.workdir import Member
+
+KEPT_PROGRAMS = 32
+_trained = itertools.count(1)
 
 
 def train(
@@ -71,6 +85,11 @@ def train(
         )
         measured |= {f"{split}_{name}": value for name, value in values.items()}
 
+    if next(_trained) % KEPT_PROGRAMS == 0:
+        # A compiled program holds some 400 memory maps, of which Linux grants a process 65,530: the
+        # compiler ends in a segmentation fault at about the 160th.
+        programs.forget()
+        metrics.forget()
     return [
         _member(i, config, trained, measured, normalizer, provenance)
         for i, config in enumerate(configs)

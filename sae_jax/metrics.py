@@ -280,3 +280,8 @@ def _ratio(squared_error: np.ndarray, total: float) -> np.ndarray:
     if total > 0:
         return squared_error / total
     return np.where(squared_error > 0, np.inf, 0.0)
+
+
+def forget() -> None:
+    """Let go of everything compiled here so far."""
+    _sums_of_members.clear_cache()

@@ -162,3 +162,9 @@ def close_stream(
 
     shared = (validation, jnp.asarray(epoch), patience)
     return ensemble.map_members(member, mesh)((states, hyper, means), *shared)
+
+
+def forget() -> None:
+    """Let go of everything compiled here so far."""
+    for program in (init_bucket, train_chunk, train_buffer, close_stream):
+        program.clear_cache()

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -74,6 +74,13 @@ def members(choice: dict[str, Any]) -> list[SAEConfig]:
     ]
 
 
+@pytest.fixture
+def forgotten() -> Iterator[None]:
+    """So many programs are compiled here that all together they would exhaust the memory's maps."""
+    yield
+    jax.clear_caches()
+
+
 everywhere = pytest.mark.parametrize("kind", MEMBERS)
 
 
@@ -126,6 +133,7 @@ def test_alone_equals_in_company_bit_for_bit(kind: str, devices: int) -> None:
 
 
 @every_choice
+@pytest.mark.usefixtures("forgotten")
 def test_every_choice_alone_equals_in_company_bit_for_bit(choice: dict[str, Any]) -> None:
     configs = members(choice)
     together = train(configs, cpus(2))
@@ -156,6 +164,7 @@ def mapped_steps(
 
 
 @every_choice
+@pytest.mark.usefixtures("forgotten")
 def test_every_choice_under_vmap_equals_lax_map_in_float64(choice: dict[str, Any]) -> None:
     """Forty steps of all members; 1e-9."""
     configs = members(choice)

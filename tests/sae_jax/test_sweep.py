@@ -19,7 +19,17 @@ import safetensors.numpy
 from jax.sharding import AxisType, Mesh
 
 import sae_jax
-from sae_jax import Dictionary, InputError, Run, SAEConfig, distributed, grid, sweep, trainer
+from sae_jax import (
+    Dictionary,
+    InputError,
+    Run,
+    SAEConfig,
+    bucket,
+    distributed,
+    grid,
+    sweep,
+    trainer,
+)
 from sae_jax.data import fingerprint
 from sae_jax.workdir import check_writable, difference
 
@@ -490,3 +500,15 @@ def test_difference_names_the_first_places() -> None:
     many = difference(dict.fromkeys(range(9), 0), dict.fromkeys(range(9), 1))
     assert len(many.splitlines()) == 6
     assert many.endswith("... and 4 more")
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="counts Linux' memory maps")
+def test_many_programs_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linux grants a process 65,530 maps; past them the compiler dies of a segmentation fault."""
+    monkeypatch.setattr(bucket, "KEPT_PROGRAMS", 2)
+    counts = []
+    for n_latents in range(10, 18):
+        config = SAEConfig(d_in=4, n_latents=n_latents, batch_size=16)
+        sae_jax.train([config], ROWS, epochs=1, progress=False)
+        counts.append(len(Path("/proc/self/maps").read_text().splitlines()))
+    assert max(counts[4:]) < max(counts[:4]) + 300
