@@ -115,19 +115,20 @@ class Checkpoints:
         """The newest that can be read, in the structure of `template`; None if there is none."""
         if not self.folder.is_dir():
             return None
+        names = [jax.tree_util.keystr(path) for path, _ in _paths(template)]
         with self._manager() as manager:
             for step in sorted(manager.all_steps(), reverse=True):
                 try:
                     leaves = self._read(manager, step)
+                    if set(names) != set(leaves):
+                        raise ValueError("it is of another version")
                 except Exception as error:  # as above
                     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                    logging.warning("checkpoint %s/%d is skipped: %s", self.folder, step, reason)
-                    continue
-                names = [jax.tree_util.keystr(path) for path, _ in _paths(template)]
-                if set(names) != set(leaves):
                     logging.warning(
-                        "checkpoint %s/%d is skipped: it is of another version", self.folder, step
+                        "checkpoint %s/%d is skipped: %.200s", self.folder, step, reason
                     )
+                    # Else it would be kept as the latest, and those of this run deleted.
+                    manager.delete(step)
                     continue
                 structure = jax.tree.structure(template)
                 return jax.tree.unflatten(structure, [leaves[name] for name in names])

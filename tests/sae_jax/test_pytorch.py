@@ -294,7 +294,7 @@ def test_members_of_a_sweep_equal_pytorch_on_the_same_batches() -> None:
         for k, l1, rate, seed in ((K, 0, 1e-2, 0), (7, 0.1, 1e-3, 7), (N, 0.01, 3e-2, 7))
     ]  # fmt: skip
     rows = np.random.default_rng(0).normal(size=(43, D)) * [1, 2, 3, 4] + 5
-    epochs, steps = 4, 43 // BATCH
+    epochs, batches = 4, 43 // BATCH
     with jax.enable_x64(True):
         architecture = configs[0].architecture
         run = sae_jax.train(configs, rows, epochs=epochs, data_seed=11, progress=False)
@@ -309,7 +309,7 @@ def test_members_of_a_sweep_equal_pytorch_on_the_same_batches() -> None:
         found = found_params(dictionary.params)
         for name, value in expected.items():
             np.testing.assert_allclose(found[name], value, rtol=0, atol=1e-9, err_msg=name)
-        means = np.reshape(losses, (epochs, steps)).mean(axis=1)
+        means = np.reshape(losses, (epochs, batches)).mean(axis=1)
         history = run.history.query("member == @i").sort_values("epoch")
         np.testing.assert_allclose(history["loss"], means, rtol=1e-9)
         assert run.results["train_loss"][i] == pytest.approx(means[-1], rel=1e-9)
