@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-WIDE, BLOCK = 1024, 16  # rows at least so wide are bisected so many at a time
+WIDE, BLOCK = 1024, 8  # rows at least so wide are bisected so many at a time
 VALUE_PASSES = 16
 
 
