@@ -105,8 +105,7 @@ def _inputs(
     """Normalised, on the device if they were read into memory, else as a stream."""
     if not isinstance(rows, Rows):
         return models.normalize(jnp.asarray(rows), normalizer)
-    row_bytes = rows.shape[1] * rows.dtype.itemsize
-    size = streaming.buffer_rows(provenance["resident_bytes"], row_bytes, architecture.batch_size)
+    size = buffer_rows(rows, provenance["resident_bytes"], architecture)
     plan = streaming.Plan(
         rows=len(rows),
         batch_size=architecture.batch_size,
@@ -115,6 +114,12 @@ def _inputs(
         data_seed=provenance["data_seed"],
     )
     return Stream(rows, plan, normalizer)
+
+
+def buffer_rows(rows: Rows, resident_bytes: int, architecture: Architecture) -> int:
+    """Rows of a stream's buffer. Raises InputError where not even two batches may be resident."""
+    row_bytes = rows.shape[1] * rows.dtype.itemsize
+    return streaming.buffer_rows(resident_bytes, row_bytes, architecture.batch_size)
 
 
 def _member(

@@ -129,12 +129,18 @@ def train(
         than a batch, or a workdir that holds other settings.
       Exception: what the first program raised, if every one failed.
     """
-    configs = list(configs)
+    configs = [configs] if isinstance(configs, SAEConfig) else list(configs)
     if resident_bytes is None and isinstance(train, Rows):
         resident_bytes = distributed.memory() // 4
     train = _resident_or_not(train, resident_bytes)
     rows, held_out = _check(
-        configs, train, {"validation": validation, "test": test}, epochs, data_seed, patience
+        configs,
+        train,
+        {"validation": validation, "test": test},
+        epochs,
+        data_seed,
+        patience,
+        resident_bytes,
     )
     epochs, data_seed = int(epochs), int(data_seed)
     settings = {
@@ -266,6 +272,7 @@ def _check(
     epochs: int,
     data_seed: int,
     patience: int | None,
+    resident_bytes: int | None,
 ) -> tuple[np.ndarray | Rows, dict[str, np.ndarray]]:
     if not configs:
         raise InputError("no configurations to train")
@@ -296,6 +303,8 @@ def _check(
                 f"is while {config.name} trains: leave one out"
             )
     for architecture in ensemble.buckets(configs):
+        if isinstance(rows, Rows):
+            bucket.buffer_rows(rows, resident_bytes, architecture)
         ensemble.split_to_fit([0], _member_bytes(architecture, rows), distributed.memory())
     return rows, given
 

@@ -107,6 +107,7 @@ def test_rows_beyond_the_memory_are_streamed_to_the_same_end_each_time(
     np.testing.assert_allclose(losses[0].iloc[:3], losses[1], rtol=0.1)
     with pytest.raises(InputError, match="do not hold two batches"):
         run(resident_gib="1e-8", workdir=str(tmp_path / "d"))
+    assert not (tmp_path / "d/configs.json").exists()
 
 
 def test_scalars_for_tensorboard(run: Callable[..., Path]) -> None:

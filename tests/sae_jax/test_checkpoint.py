@@ -129,8 +129,8 @@ def flip(file: Path) -> None:
     file.write_bytes(values)
 
 
-# Arrays lie in the files of folders named d. Where one cannot be read Orbax gives up while others are
-# on their way, and Python tells of each that comes too late.
+# Arrays lie in the files of folders named d. Where one cannot be read Orbax gives up while others
+# are on their way, and Python tells of each that comes too late.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("damage", [cut, flip, os.remove], ids=["cut", "flip", "remove"])
 @pytest.mark.parametrize("which", ["latest", "both"])
