@@ -38,6 +38,11 @@ def test_it_does_not_stop_on_a_row_that_is_not_it() -> None:
     assert summed(x, found) <= best.fun * (1 + 1e-6)
 
 
+def test_it_stays_on_a_row_that_is_it() -> None:
+    x = np.asarray([[1.0, 1.0]] * 5 + [[4.0, 1.0], [3.0, -1.0], [9.0, 0.1], [7.0, 5.0]])
+    np.testing.assert_array_equal(geometric_median(x, None), [1.0, 1.0])
+
+
 def test_equal_rows_are_their_own_median() -> None:
     np.testing.assert_array_equal(geometric_median(np.full((9, 3), 7.0), None), [7, 7, 7])
 

@@ -1,5 +1,6 @@
 """A program that is stopped between chunks goes on as if it had not been, bit for bit."""
 
+import json
 import logging
 import os
 import shutil
@@ -173,6 +174,18 @@ def test_one_of_other_configurations_is_skipped(tmp_path: Path) -> None:
     assert Checkpoints(tmp_path / "c", [0, 2], 0, Preemption()).latest(tree) is None
     other = {"b": np.arange(3.0)}
     assert Checkpoints(tmp_path / "c", [0, 1], 0, Preemption()).latest(other) is None
+
+
+def test_values_that_are_not_those_saved_are_noticed(tmp_path: Path) -> None:
+    """By our own hash: what Orbax's formats let pass."""
+    tree = {"a": np.arange(3.0)}
+    Checkpoints(tmp_path / "c", [0], 0, Preemption()).save(5, tree)
+    assert Checkpoints(tmp_path / "c", [0], 0, Preemption()).latest(tree) is not None
+    about = tmp_path / "c/5/about/metadata"
+    saved = json.loads(about.read_text())["sha256"]
+    about.write_text(about.read_text().replace(saved, "0" * 64))
+    assert Checkpoints(tmp_path / "c", [0], 0, Preemption()).latest(tree) is None
+    assert not about.exists()
 
 
 def test_a_disk_that_refuses_costs_a_warning(
