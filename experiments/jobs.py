@@ -14,7 +14,7 @@ import numpy as np
 from absl import flags, logging
 
 import sae_jax
-from sae_jax import InputError, SAEConfig, data, files, workdir
+from sae_jax import InputError, SAEConfig, data, files, sweep, workdir
 from sae_jax.state import History
 from sae_jax.streaming import Rows
 
@@ -107,19 +107,28 @@ def read_rows() -> dict[str, Rows]:
     return {name: rows.take(chosen) for name, chosen in positions.items() if len(chosen)}
 
 
-def check_batches(configs: Sequence[SAEConfig], train: Rows) -> None:
-    """Refuses batches of more rows than there are."""
+def check(configs: Sequence[SAEConfig], rows: dict[str, Rows]) -> None:
+    """Refuses all that training would, before the folder is touched; reads the rows once."""
     for config in configs:
-        if config.batch_size > len(train):
+        if config.batch_size > len(rows["train"]):
             raise InputError(
-                f"batch_size={config.batch_size} is more than the {len(train)} rows to train on"
+                f"batch_size={config.batch_size} is more than the {len(rows['train'])} rows to "
+                "train on"
             )
+    held_out = {name: part for name, part in rows.items() if name != "train"}
+    sweep.check(
+        list(configs), rows["train"], held_out, FLAGS.epochs, FLAGS.data_seed, FLAGS.patience,
+        _resident_bytes(),
+    )  # fmt: skip
+
+
+def _resident_bytes() -> int | None:
+    return None if FLAGS.resident_gib is None else int(FLAGS.resident_gib * 2**30)
 
 
 def train(configs: Sequence[SAEConfig], rows: dict[str, Rows], out: Path) -> sae_jax.Run:
     """`sae_jax.train` by the flags."""
     began = time.perf_counter()
-    resident = None if FLAGS.resident_gib is None else int(FLAGS.resident_gib * 2**30)
     share = {"split": FLAGS.split} if FLAGS.split else {"validation_share": FLAGS.validation}
     try:
         with _tensorboard(out / "tensorboard") as on_epochs:
@@ -134,7 +143,7 @@ def train(configs: Sequence[SAEConfig], rows: dict[str, Rows], out: Path) -> sae
                 patience=FLAGS.patience,
                 provenance={**data.provenance(FLAGS.data), "data": FLAGS.data, **share},
                 checkpoint_seconds=FLAGS.checkpoint_seconds,
-                resident_bytes=resident,
+                resident_bytes=_resident_bytes(),
                 on_epochs=on_epochs,
             )
     except InputError:

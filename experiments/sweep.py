@@ -68,7 +68,7 @@ def main() -> None:
     axes = configurations.read_axes()
     rows = jobs.read_rows()
     configs = configurations.read_configs(axes, rows["train"].shape[1])
-    jobs.check_batches(configs, rows["train"])
+    jobs.check(configs, rows)
     whole = len(configs)
     configs = shard(configs, shards, index, len(rows["train"]), FLAGS.epochs)
     if shards > 1:

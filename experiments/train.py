@@ -51,7 +51,7 @@ def main() -> None:
         raise InputError(
             f"these flags make {len(configs)} configurations; `sae-jax sweep` trains them all"
         )
-    jobs.check_batches(configs, rows["train"])
+    jobs.check(configs, rows)
     jobs.claim(out, SETTINGS, FILES)
 
     # 2. Train.

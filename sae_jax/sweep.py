@@ -130,18 +130,9 @@ def train(
       Exception: what the first program raised, if every one failed.
     """
     configs = [configs] if isinstance(configs, SAEConfig) else list(configs)
-    if resident_bytes is None and isinstance(train, Rows):
-        resident_bytes = distributed.memory() // 4
-    train = _resident_or_not(train, resident_bytes)
-    rows, held_out = _check(
-        configs,
-        train,
-        {"validation": validation, "test": test},
-        epochs,
-        data_seed,
-        patience,
-        resident_bytes,
-    )
+    resident_bytes = _limit(train, resident_bytes)
+    held_out = {"validation": validation, "test": test}
+    rows, held_out = check(configs, train, held_out, epochs, data_seed, patience, resident_bytes)
     epochs, data_seed = int(epochs), int(data_seed)
     settings = {
         "configs": [config.to_dict() for config in configs],
@@ -256,6 +247,13 @@ def _programs(
     return programs
 
 
+def _limit(train: Any, resident_bytes: int | None) -> int | None:
+    """Bytes of training rows beyond which they are streamed; None: never."""
+    if resident_bytes is None and isinstance(train, Rows):
+        return distributed.memory() // 4
+    return resident_bytes
+
+
 def _resident_or_not(train: Any, resident_bytes: int | None) -> Any:
     """An array of what may lie in memory, `Rows` of what may not."""
     if isinstance(train, Rows):
@@ -265,7 +263,7 @@ def _resident_or_not(train: Any, resident_bytes: int | None) -> Any:
     return train
 
 
-def _check(
+def check(
     configs: list[SAEConfig],
     train: np.ndarray | Rows,
     held_out: dict[str, np.ndarray | Rows | None],
@@ -274,6 +272,13 @@ def _check(
     patience: int | None,
     resident_bytes: int | None,
 ) -> tuple[np.ndarray | Rows, dict[str, np.ndarray]]:
+    """Refuses what `train` does before any work, of which these are arguments.
+
+    Returns:
+      The rows as it goes on with them, an array or `Rows` to stream; and those held out.
+    """
+    resident_bytes = _limit(train, resident_bytes)
+    train = _resident_or_not(train, resident_bytes)
     if not configs:
         raise InputError("no configurations to train")
     counts = [("epochs", epochs, 1), ("data_seed", data_seed, 0)]

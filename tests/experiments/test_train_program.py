@@ -215,3 +215,23 @@ def test_processes_started_together_share_the_grid(tmp_path: Path) -> None:
 def test_multihost_alone_is_refused(run: Callable[..., Path]) -> None:
     with pytest.raises(InputError, match="no other processes are found"):
         run(sweep, multihost="true")
+
+
+def test_bad_rows_leave_nothing_and_overwrite_nothing(
+    run: Callable[..., Path], tmp_path: Path
+) -> None:
+    bad = ROWS.copy()
+    bad[7, 1] = np.nan
+    np.save(tmp_path / "bad.npy", bad)
+    with pytest.raises(InputError, match=r"holds 1 NaN .* in 1 of"):
+        run(data=str(tmp_path / "bad.npy"))
+    assert not (tmp_path / "out").exists()
+    out = run()
+    before = (out / "results.parquet").read_bytes()
+    with pytest.raises(InputError, match="NaN"):
+        run(data=str(tmp_path / "bad.npy"), overwrite="true")
+    with pytest.raises(InputError, match="patience compares losses"):
+        run(preset="target_l0", l1_weight="0.1", target_l0="3", patience="1", overwrite="true")
+    with pytest.raises(InputError, match="do not hold two batches"):
+        run(resident_gib="0", overwrite="true")
+    assert (out / "results.parquet").read_bytes() == before
