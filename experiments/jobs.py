@@ -3,7 +3,9 @@
 What `sweep` and `train` have in common.
 """
 
+import collections
 import contextlib
+import importlib.util
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +22,7 @@ from sae_jax.streaming import Rows
 
 FLAGS = flags.FLAGS
 
+OPEN_WRITERS = 128  # of TensorBoard: each is a file, of which a process may have some 1000
 KEPT = ("configs.json", "results.parquet", "history.parquet", "dictionaries", "checkpoints")
 
 
@@ -108,13 +111,9 @@ def read_rows() -> dict[str, Rows]:
 
 
 def check(configs: Sequence[SAEConfig], rows: dict[str, Rows]) -> None:
-    """Refuses all that training would, before the folder is touched; reads the rows once."""
-    for config in configs:
-        if config.batch_size > len(rows["train"]):
-            raise InputError(
-                f"batch_size={config.batch_size} is more than the {len(rows['train'])} rows to "
-                "train on"
-            )
+    """Refuses all that training would, before the folder is touched."""
+    if FLAGS.tensorboard and importlib.util.find_spec("tensorboardX") is None:
+        raise InputError("--tensorboard needs tensorboardX: pip install 'sae-jax[tensorboard]'")
     held_out = {name: part for name, part in rows.items() if name != "train"}
     sweep.check(
         list(configs), rows["train"], held_out, FLAGS.epochs, FLAGS.data_seed, FLAGS.patience,
@@ -163,23 +162,23 @@ def _tensorboard(
     if not FLAGS.tensorboard:
         yield None
         return
+    import tensorboardX
+
+    writers: collections.OrderedDict[int, Any] = collections.OrderedDict()
+
+    def write(positions: np.ndarray, first: int, history: History) -> None:
+        for row, position in enumerate(positions.tolist()):
+            if position not in writers:
+                writers[position] = tensorboardX.SummaryWriter(str(folder / f"{position:04d}"))
+            if len(writers) > OPEN_WRITERS:
+                writers.popitem(last=False)[1].close()
+            for name, values in vars(history).items():
+                for epoch, value in enumerate(values[row].tolist()):
+                    if np.isfinite(value):
+                        writers[position].add_scalar(name, value, first + epoch)
+
     try:
-        import tensorboardX
-    except ImportError:
-        raise InputError(
-            "--tensorboard needs tensorboardX: pip install 'sae-jax[tensorboard]'"
-        ) from None
-    with contextlib.ExitStack() as stack:
-        writers: dict[int, Any] = {}
-
-        def write(positions: np.ndarray, first: int, history: History) -> None:
-            for row, position in enumerate(positions.tolist()):
-                if position not in writers:
-                    writer = tensorboardX.SummaryWriter(str(folder / f"{position:04d}"))
-                    writers[position] = stack.enter_context(writer)
-                for name, values in vars(history).items():
-                    for epoch, value in enumerate(values[row].tolist()):
-                        if np.isfinite(value):
-                            writers[position].add_scalar(name, value, first + epoch)
-
         yield write
+    finally:
+        for writer in writers.values():
+            writer.close()

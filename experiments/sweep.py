@@ -112,7 +112,9 @@ def check_workdir(index: int, shards: int) -> Path:
     out = Path(FLAGS.workdir)
     workdir.check_writable(out)
     if shards > 1:
-        if out.is_dir() and set(out.iterdir()) - set(out.glob("shard-*-of-*")):
+        # Other shards, and the trials of those that start now.
+        ours = {*out.glob("shard-*-of-*"), *out.glob(".writable.*")}
+        if out.is_dir() and set(out.iterdir()) - ours:
             raise InputError(f"{out} holds other files than shards; choose another folder")
         out = out / f"shard-{index:03d}-of-{shards:03d}"
     return jobs.check_workdir(out, SETTINGS)

@@ -56,7 +56,7 @@ def jump_relu(pre: jax.Array, log_threshold: jax.Array, bandwidth: jax.Array) ->
 
     Args:
       pre: [rows, latents].
-      log_threshold: [latents], or [1] for all.
+      log_threshold: [latents].
       bandwidth: scalar.
     """
     return jnp.where(pre > jnp.exp(log_threshold)[None, :], pre, 0)
@@ -128,9 +128,14 @@ def kth_largest_bound(values: jax.Array, k: jax.Array) -> jax.Array:
     *leading, n = values.shape
     if n < WIDE or math.prod(leading) % BLOCK:
         return _bisect(values, k)
-    # A block of wide rows stays in cache over all the passes that its bisection makes.
-    blocks = lax.map(lambda block: _bisect(block, k), values.reshape(-1, BLOCK, n))
-    return blocks.reshape(*leading, 1)
+
+    def blocked(values: jax.Array) -> jax.Array:
+        # A block of wide rows stays in cache over all the passes that its bisection makes.
+        blocks = lax.map(lambda block: _bisect(block, k), values.reshape(-1, BLOCK, n))
+        return blocks.reshape(*leading, 1)
+
+    # An accelerator has no such cache, and would do one block after another.
+    return lax.platform_dependent(values, cpu=blocked, default=lambda values: _bisect(values, k))
 
 
 def _bisect(values: jax.Array, k: jax.Array, over_rows: bool = False) -> jax.Array:

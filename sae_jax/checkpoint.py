@@ -127,12 +127,22 @@ class Checkpoints:
                     logging.warning(
                         "checkpoint %s/%d is skipped: %.200s", self.folder, step, reason
                     )
-                    # Else it would be kept as the latest, and those of this run deleted.
-                    manager.delete(step)
+                    self._put_aside(step)
                     continue
                 structure = jax.tree.structure(template)
                 return jax.tree.unflatten(structure, [leaves[name] for name in names])
         return None
+
+    def _put_aside(self, step: int) -> None:
+        """Out of the way, else it would be kept as the latest and those of this run deleted; it is
+        not deleted, since the reason may have been the disk's or the version's."""
+        aside = self._aside()
+        with contextlib.suppress(OSError):
+            aside.mkdir(exist_ok=True)
+            (self.folder / str(step)).rename(aside / f"{step}-{time.time_ns()}")
+
+    def _aside(self) -> Path:
+        return self.folder.with_name(f"{self.folder.name}.skipped")
 
     def _read(self, manager: ocp.CheckpointManager, step: int) -> dict[str, np.ndarray]:
         about = manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))[
@@ -160,6 +170,7 @@ class Checkpoints:
     def remove(self) -> None:
         """When the bucket's results are on disk."""
         shutil.rmtree(self.folder, ignore_errors=True)
+        shutil.rmtree(self._aside(), ignore_errors=True)
         with contextlib.suppress(OSError):  # others may be there
             self.folder.parent.rmdir()
 

@@ -187,8 +187,8 @@ class Architecture:
       sparsity_control: `none`, or `target_l0`: the L1 weight of relu and gated is moved while they
         train until `target_l0` latents are active; for jump_relu the penalty itself becomes
         l0_weight * (L0 / target_l0 - 1)^2.
-      schedule: of the learning rate after its warm-up: `constant`, or `linear` or `cosine` to 0 at
-        the last step.
+      schedule: of the learning rate after its warm-up: `constant`, or `linear` or `cosine`
+        towards 0, which the step after the last would have.
       clipping: `none`, or `norm`: gradients of a larger global norm than `clip_norm` are scaled.
       decay: `none`, or `decoupled`: `weight_decay` (AdamW's) of encoder and decoder, not of biases.
       levels: see `nesting`.

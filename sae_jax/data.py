@@ -241,7 +241,9 @@ def _plain(node: Any) -> Any:
     if encoding(node) == "null" or node.shape is None:
         return None
     value = np.asarray(node[()])
-    return (value if value.dtype.kind in "biuf" else _text(value)).tolist()
+    if value.dtype.kind == "f":  # JSON has no NaN
+        value = np.where(np.isfinite(value), value.astype(object), None)
+    return (value if value.dtype.kind in "biufO" else _text(value)).tolist()
 
 
 def _text(values: Any) -> np.ndarray:

@@ -207,6 +207,7 @@ class Dictionary:
             arrays["decoder_bias"] = None
         changed = {
             "pre_bias": "none",
+            "center": "none",
             "input_normalization": "none",
             "decoder_bias": "none" if arrays["decoder_bias"] is None else "free",
             "decoder_norm": config.decoder_norm if self.normalizer is None else "free",

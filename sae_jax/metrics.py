@@ -166,8 +166,8 @@ def density_histogram(
       edges: of the bins, rising, of densities; None for ten to a decade from 1e-6 to 1.
 
     Returns:
-      Counts [..., bins], a density on an edge in the bin above it and 1 in the last; the number
-      that never fire [...]; the edges.
+      Counts [..., bins], a density on an edge in the bin above it, 1 in the last, and what is below
+      the first edge in the first; the number that never fire [...]; the edges.
 
     Raises:
       InputError: edges that do not rise.
@@ -176,7 +176,10 @@ def density_histogram(
     if edges.ndim != 1 or len(edges) < 2 or not (np.diff(edges) > 0).all():
         raise InputError("edges must be a list of at least two rising numbers")
     flat = np.asarray(densities, np.float64).reshape(-1, np.shape(densities)[-1])
-    counts = np.stack([np.histogram(of_member[of_member > 0], edges)[0] for of_member in flat])
+    inside = np.maximum(flat, edges[0]) if edges[0] > 0 else flat
+    counts = np.stack(
+        [np.histogram(x[of > 0], edges)[0] for x, of in zip(inside, flat, strict=True)]
+    )
     leading = np.shape(densities)[:-1]
     return counts.reshape(*leading, -1), (flat == 0).sum(axis=1).reshape(leading), edges
 

@@ -43,9 +43,7 @@ def step(
     state: TrainState, hyper: Hyperparams, batch: jax.Array, architecture: Architecture
 ) -> tuple[TrainState, Metrics]:
     """ONE member, one batch [rows, d_in]."""
-    now = optim.scheduled(hyper, state.step, architecture)
-    if state.log_factor is not None:
-        now = now.replace(l1_weight=now.l1_weight * jnp.exp(state.log_factor))
+    now = _moved(optim.scheduled(hyper, state.step, architecture), state)
     dead = state.idle >= hyper.dead_steps if architecture.auxiliary == "auxk" else None
     gradient = jax.grad(objectives.loss, has_aux=True)
     grads, (metrics, z, error) = gradient(state.params, now, batch, architecture, dead)
@@ -66,6 +64,13 @@ def step(
             state,
         )
     return state, metrics
+
+
+def _moved(hyper: Hyperparams, state: TrainState) -> Hyperparams:
+    """With the penalty where `sparsity_control` has moved it to."""
+    if state.log_factor is None:
+        return hyper
+    return hyper.replace(l1_weight=hyper.l1_weight * jnp.exp(state.log_factor))
 
 
 def take_steps(
@@ -93,16 +98,19 @@ def close_epoch(
 ) -> tuple[TrainState, History]:
     """ONE member after an epoch of these mean metrics.
 
-    A member whose mean loss is not finite has diverged. One that remembers its best weights stops
+    A member whose mean loss is not finite has diverged, and so has one whose monitored loss is not,
+    if it remembers its best weights. One that remembers its best weights stops
     when `patience` epochs brought no lower loss, on the validation rows where there are any.
     """
     held_out = jnp.full((), jnp.nan, means.loss.dtype)
     if validation is not None:
-        held_out = validation_loss(state.params, hyper, validation, architecture)
+        held_out = validation_loss(state.params, _moved(hyper, state), validation, architecture)
+    monitored = means.loss if validation is None else held_out
     diverged = ~jnp.isfinite(means.loss)
+    if state.best is not None:
+        diverged |= ~jnp.isfinite(monitored)
     state = state.replace(diverged=diverged, active=~diverged)
     if state.best is not None:
-        monitored = means.loss if validation is None else held_out
         better = monitored < state.best.loss
         fresh = Best(params=state.params, loss=monitored, epoch=epoch)
         best = jax.tree.map(lambda new, old: jnp.where(better, new, old), fresh, state.best)

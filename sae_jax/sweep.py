@@ -3,7 +3,9 @@
 import contextlib
 import dataclasses
 import itertools
+import json
 import os
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,12 +20,12 @@ from tqdm import tqdm
 import sae_jax
 from sae_jax import bucket, data, distributed, ensemble
 from sae_jax.checkpoint import Checkpoints, Preempted, Preemption
-from sae_jax.config import MOST, Architecture, SAEConfig, unused_fields
+from sae_jax.config import MOST, Architecture, SAEConfig, preset_fields, unused_fields
 from sae_jax.dictionary import Dictionary
 from sae_jax.errors import InputError
 from sae_jax.state import History
 from sae_jax.streaming import Rows
-from sae_jax.workdir import Member, Workdir, tables
+from sae_jax.workdir import Member, Workdir, locked, tables
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -68,7 +70,7 @@ def grid(preset: str, **axes: Any) -> list[SAEConfig]:
     configs, used = {}, set()
     for values in itertools.product(*lists.values()):
         given = dict(zip(lists, values, strict=True))
-        unused = unused_fields(preset, given)
+        unused = unused_fields(preset, given) - set(preset_fields(preset)[1])
         given = {name: value for name, value in given.items() if name not in unused}
         used |= set(given)
         configs[SAEConfig.preset(preset, **given)] = None  # duplicates merge
@@ -103,8 +105,8 @@ def train(
       epochs: passes over the rows; the rows after the last full batch of a pass are left out of it.
       workdir: a folder to fill: configs.json, dictionaries/<member>/, results.parquet,
         history.parquet, and checkpoints/ of the program in training. The same call again goes on
-        from what is there, bit for bit as if it had not been stopped, and trains no finished
-        member again. On SIGTERM a checkpoint is written and SystemExit(143) raised.
+        from what is there, on CPUs bit for bit as if it had not been stopped, and trains no
+        finished member again. On SIGTERM a checkpoint is written and SystemExit(143) raised.
       data_seed: the order of rows depends on it and on the epoch alone.
       patience: a member stops when so many epochs brought no lower loss (on the validation rows,
         where there are any), and its best weights are kept; None: all train all epochs, and the
@@ -126,14 +128,17 @@ def train(
 
     Raises:
       InputError: before any work: no configs, rows that are not finite, of another width or fewer
-        than a batch, or a workdir that holds other settings.
-      Exception: what the first program raised, if every one failed.
+        than a batch, provenance that is not JSON, or a workdir that holds other settings or that
+        another process fills.
+      Exception: what the first program raised, if every one failed; what `on_epochs` raised.
     """
     configs = [configs] if isinstance(configs, SAEConfig) else list(configs)
     resident_bytes = _limit(train, resident_bytes)
     held_out = {"validation": validation, "test": test}
     rows, held_out = check(configs, train, held_out, epochs, data_seed, patience, resident_bytes)
     epochs, data_seed = int(epochs), int(data_seed)
+    patience = None if patience is None else int(patience)
+    resident_bytes = None if resident_bytes is None else int(resident_bytes)
     settings = {
         "configs": [config.to_dict() for config in configs],
         "epochs": epochs,
@@ -150,12 +155,13 @@ def train(
         **{name: settings[name] for name in kept if name in settings},
         "versions": {module.__name__: module.__version__ for module in (sae_jax, jax, flax, optax)},
     }
-    out = None if workdir is None else Workdir(Path(workdir), settings)
-    members = {} if out is None else out.finished()
-
-    failed = _train_programs(
-        configs, rows, held_out, about, members, out, progress, checkpoint_seconds, on_epochs
-    )
+    _check_json(about)
+    with contextlib.nullcontext() if workdir is None else locked(Path(workdir)):
+        out = None if workdir is None else Workdir(Path(workdir), settings)
+        members = {} if out is None else out.finished()
+        failed = _train_programs(
+            configs, rows, held_out, about, members, out, progress, checkpoint_seconds, on_epochs
+        )
     results, history = tables(members | failed)
     return Run([(members | failed)[i].dictionary for i in range(len(configs))], results, history)
 
@@ -173,7 +179,7 @@ def _train_programs(
 ) -> dict[int, Member]:
     """Fill `members` with those not in it yet, a program at a time; returns those that failed."""
     todo = [position for position in range(len(configs)) if position not in members]
-    programs = _programs(configs, todo, rows)
+    programs = _programs(configs, todo, rows, held_out)
     steps = [about["epochs"] * (len(rows) // configs[i].batch_size) for i in todo]
     preemption, failed, failures = Preemption(), {}, []
     with contextlib.ExitStack() as stack:
@@ -197,9 +203,16 @@ def _train_programs(
                 )
             except InputError:
                 raise
+            except _CallbackError as error:
+                raise error.__cause__ from None
             except Exception as error:
-                logging.exception("program %d, %s, failed; the others go on", number + 1, shape)
-                failures.append(error)
+                # As text: the traceback holds the arrays that the other programs need room for.
+                trace = traceback.format_exc()
+                logging.error(
+                    "program %d, %s, failed; the others go on\n%s", number + 1, shape, trace
+                )
+                error.__context__ = error.__cause__ = None
+                failures.append(error.with_traceback(None))
                 failed |= {position: bucket.failed(configs[position]) for position in positions}
                 continue
             members |= dict(zip(positions, trained, strict=True))
@@ -213,6 +226,18 @@ def _train_programs(
     return failed
 
 
+def _check_json(provenance: dict[str, Any]) -> None:
+    """It is written with every dictionary, after the training: too late to find out."""
+    try:
+        json.dumps(provenance, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"provenance must be of JSON's types, without NaN: {error}") from None
+
+
+class _CallbackError(Exception):
+    """`on_epochs` raised its cause: a fault of the caller's, not of a program."""
+
+
 def _placed(
     on_epochs: Callable[[np.ndarray, int, History], None] | None, positions: list[int]
 ) -> Callable[[np.ndarray, int, History], None] | None:
@@ -224,13 +249,19 @@ def _placed(
     def on_history(members: np.ndarray, first: int, history: History) -> None:
         real = members < len(places)
         part = jax.tree.map(lambda leaf: leaf[real], history)
-        on_epochs(places[members[real]], first, part)
+        try:
+            on_epochs(places[members[real]], first, part)
+        except Exception as error:
+            raise _CallbackError from error
 
     return on_history
 
 
 def _programs(
-    configs: list[SAEConfig], todo: list[int], rows: np.ndarray | Rows
+    configs: list[SAEConfig],
+    todo: list[int],
+    rows: np.ndarray | Rows,
+    held_out: dict[str, np.ndarray],
 ) -> list[list[int]]:
     """Positions of `todo` by the program that trains them, each of which fits the memory."""
     buckets = ensemble.buckets([configs[position] for position in todo])
@@ -238,7 +269,7 @@ def _programs(
         [todo[i] for i in part]
         for architecture, chosen in buckets.items()
         for part in ensemble.split_to_fit(
-            chosen, _member_bytes(architecture, rows), distributed.memory()
+            chosen, _member_bytes(architecture, rows), _room(rows, held_out)
         )
     ]
     logging.info("%d configurations -> %d programs", len(todo), len(buckets))
@@ -283,6 +314,8 @@ def check(
         raise InputError("no configurations to train")
     counts = [("epochs", epochs, 1), ("data_seed", data_seed, 0)]
     counts += [] if patience is None else [("patience", patience, 1)]
+    if resident_bytes is not None and not float(resident_bytes) >= 0:
+        raise InputError(f"resident_bytes={resident_bytes!r} must be at least 0")
     for name, value, low in counts:
         integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
         if not (integer and low <= value <= MOST):
@@ -291,7 +324,7 @@ def check(
     given = {name: x for name, x in held_out.items() if x is not None}
     for name, x in given.items():
         x = np.asarray(x) if isinstance(x, Rows) else x
-        given[name] = data.check_rows(x, name, d_in=rows.shape[1])
+        given[name] = data.check_rows(x, name, d_in=rows.shape[1]).astype(rows.dtype, copy=False)
     for config in configs:
         if config.d_in != rows.shape[1]:
             raise InputError(
@@ -307,11 +340,24 @@ def check(
                 "patience compares losses, and sparsity_control='target_l0' changes what the loss "
                 f"is while {config.name} trains: leave one out"
             )
+        if patience is not None and not given and (config.l1_warmup or config.l0_warmup):
+            raise InputError(
+                "patience compares training losses where there are no validation rows, and a "
+                f"warm-up of the penalty raises those of {config.name}: give validation rows, or "
+                "leave one of the two out"
+            )
     for architecture in ensemble.buckets(configs):
         if isinstance(rows, Rows):
             bucket.buffer_rows(rows, resident_bytes, architecture)
-        ensemble.split_to_fit([0], _member_bytes(architecture, rows), distributed.memory())
+        ensemble.split_to_fit([0], _member_bytes(architecture, rows), _room(rows, given))
     return rows, given
+
+
+def _room(rows: np.ndarray | Rows, held_out: dict[str, np.ndarray]) -> int:
+    """Bytes of the devices that are left for members beside what all of them share."""
+    shared = rows.nbytes + rows.shape[0] * 4 if isinstance(rows, np.ndarray) else 0
+    shared += sum(x.nbytes for name, x in held_out.items() if name == "validation")
+    return max(1, distributed.memory() - shared)
 
 
 def _member_bytes(architecture: Architecture, rows: np.ndarray | Rows) -> int:

@@ -21,6 +21,7 @@ from sae_jax.config import Architecture
 from sae_jax.state import History, Hyperparams, Params, TrainState
 
 MAX_CHUNK_EPOCHS = 64
+MAX_ORDER_ROWS = 2**24  # of the orders of a chunk's epochs, which lie on the device: 64 MiB
 CHUNK_SECONDS = 1.0  # how often the host hears of the program
 
 
@@ -92,6 +93,8 @@ def train_bucket(
         states, hyper = ensemble.put(states, mesh), ensemble.take(hyper, members, mesh)
         on_chunk(done, _mean_loss(trained.history.loss[members, done - 1]))
     size = min(epochs, MAX_CHUNK_EPOCHS)
+    if not isinstance(rows, feeds.Stream):
+        size = min(size, max(1, MAX_ORDER_ROWS // len(rows)))
     static = {"architecture": architecture, "mesh": mesh}
     advance = (
         feeds.streamed(rows, validation, patience or 0, range(done, epochs), **static)

@@ -7,8 +7,11 @@ results.parquet             one row per finished member; written last, so what i
 checkpoints/<member>/       of the program in training whose first member this is
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -33,6 +36,30 @@ class Member:
     dictionary: Dictionary | None
     row: dict[str, Any]
     history: History
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Nobody else fills the folder meanwhile; it ends with the process, however that ends.
+
+    Where the file system has no such locks, nothing is locked.
+
+    Raises:
+      InputError: another process fills it, or it cannot be written.
+    """
+    check_writable(path)
+    path.mkdir(parents=True, exist_ok=True)
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{path} is being filled by another process; wait for it") from None
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(handle)
 
 
 class Workdir:
@@ -114,7 +141,8 @@ class Workdir:
         """Delete those of all other programs: killed after they finished."""
         kept = {self.checkpoints(first) for first in firsts}
         for folder in set((self.path / "checkpoints").glob("*")) - kept:
-            shutil.rmtree(folder, ignore_errors=True)
+            if folder.name.isdigit():
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def tables(members: dict[int, Member]) -> tuple["pd.DataFrame", "pd.DataFrame"]:

@@ -43,6 +43,7 @@ EVERY += [
     {"activation": "batch_topk", "nesting": "matryoshka", "levels": 3, "clipping": "norm"},
     {"activation": "relu", "resampling": "bricken", "decoder_norm": "unit", "schedule": "cosine"},
     {"activation": "gated", "sparsity_control": "target_l0", "decay": "decoupled"},
+    {"activation": "relu", "pre_bias": "tied", "center": "geometric_median"},
     {"activation": "jump_relu", "sparsity_control": "target_l0", "resampling": "bricken"},
 ]
 every_choice = pytest.mark.parametrize(

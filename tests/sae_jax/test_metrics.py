@@ -256,3 +256,8 @@ def test_recovery_of_permuted_and_repeated_directions() -> None:
     assert np.isnan(metrics.recovery(np.full((4, 3), np.nan), truth)["mcc"])
     with pytest.raises(InputError, match="must be"):
         metrics.recovery(np.ones((4, 2)), truth)
+
+
+def test_rare_latents_are_in_the_first_bin() -> None:
+    counts, never, _ = metrics.density_histogram(np.asarray([0, 1e-7, 1e-6, 0.5, 1.0]))
+    assert (counts[0], never, counts.sum()) == (2, 1, 4)

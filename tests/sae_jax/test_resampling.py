@@ -126,9 +126,12 @@ def test_a_sweep_resamples_and_keeps_unit_directions() -> None:
     np.testing.assert_allclose(np.linalg.norm(resampled, axis=1), 1, rtol=1e-5)
 
 
-def test_the_input_of_a_tied_pre_bias_is_centred() -> None:
-    state, _, config = setting(pre_bias="tied")
-    np.testing.assert_array_equal(
-        models.encoder_input(state.params, BATCH, config.architecture),
-        BATCH - state.params.decoder_bias[None, :],
-    )
+def test_directions_are_of_rows_less_a_tied_pre_bias() -> None:
+    state, hyper, config = setting(pre_bias="tied", decoder_norm="unit")
+    bias = RANDOM.normal(size=D).astype(np.float32)
+    state = state.replace(params=state.params.replace(decoder_bias=jnp.asarray(bias)))
+    after = resampling.resample(state, hyper, BATCH, ERROR, config.architecture)
+    centred = np.asarray(BATCH) - bias
+    units = centred / np.linalg.norm(centred, axis=1, keepdims=True)
+    cosines = np.asarray(after.params.decoder)[DEAD] @ units.T
+    np.testing.assert_allclose(cosines.max(axis=1), 1, rtol=1e-5)

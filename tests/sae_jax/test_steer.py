@@ -200,6 +200,13 @@ def test_a_folded_dictionary_is_the_same_one(choices: dict[str, str]) -> None:
     np.testing.assert_allclose(folded.steer(FEW, [2, 3], set=1), steered, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("pre_bias", ["free", "tied"])
+def test_a_pre_bias_that_began_at_the_median_folds_too(pre_bias: str) -> None:
+    made = build(pre_bias=pre_bias, center="geometric_median")
+    z, theirs = made.encode(FEW), made.fold().encode(FEW)
+    np.testing.assert_allclose(theirs, z, rtol=1e-5, atol=1e-5 * z.max())
+
+
 @pytest.mark.parametrize("choices", VARIANTS, ids=name)
 def test_folding_is_exact_in_float64(choices: dict[str, str]) -> None:
     with jax.enable_x64(True):
@@ -217,8 +224,8 @@ def test_a_folded_dictionary_says_what_it_was(tmp_path: Any) -> None:
     assert folded.provenance == {
         "epochs": 3,
         "folded": {
-            "pre_bias": "tied", "input_normalization": "zscore", "decoder_bias": "free",
-            "decoder_norm": "unit",
+            "pre_bias": "tied", "center": "none", "input_normalization": "zscore",
+            "decoder_bias": "free", "decoder_norm": "unit",
         },
     }  # fmt: skip
     assert made.provenance == {"epochs": 3}

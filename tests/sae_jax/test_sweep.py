@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from sae_jax import (
     grid,
     sweep,
     trainer,
+    workdir,
 )
 from sae_jax.data import fingerprint
 from sae_jax.workdir import check_writable, difference
@@ -512,3 +514,72 @@ def test_many_programs_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
         sae_jax.train([config], ROWS, epochs=1, progress=False)
         counts.append(len(Path("/proc/self/maps").read_text().splitlines()))
     assert max(counts[4:]) < max(counts[:4]) + 300
+
+
+@pytest.mark.parametrize("provenance", [{"coverage": float("nan")}, {"layer": np.int64(7)}])
+def test_provenance_that_cannot_be_written_is_refused_first(
+    provenance: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="provenance must be of JSON's types"):
+        train(tmp_path / "w", provenance=provenance)
+    assert not (tmp_path / "w").exists()
+
+
+def test_a_folder_that_another_process_fills_is_refused(run_folder: Path) -> None:
+    with workdir.locked(run_folder):
+        with pytest.raises(InputError, match="filled by another process"):
+            train(run_folder)
+        assert (run_folder / "results.parquet").exists()
+    train(run_folder)
+
+
+def test_what_a_callback_raises_is_no_failed_program(tmp_path: Path) -> None:
+    def raises(*_: Any) -> None:
+        raise ZeroDivisionError("of the caller")
+
+    with pytest.raises(ZeroDivisionError, match="of the caller"):
+        train(tmp_path / "w", on_epochs=raises)
+
+
+def test_a_failed_program_lets_go_of_its_arrays(monkeypatch: pytest.MonkeyPatch) -> None:
+    held, real = [], bucket.train
+
+    class Large:
+        pass
+
+    def fails(chosen: list[SAEConfig], *args: Any, **kwargs: Any) -> Any:
+        if chosen[0].activation == "relu":
+            large = Large()
+            held.append(weakref.ref(large))
+            raise MemoryError(f"no room for {large}")
+        assert held[0]() is None
+        return real(chosen, *args, **kwargs)
+
+    monkeypatch.setattr(bucket, "train", fails)
+    configs = sorted(CONFIGS, key=lambda config: config.activation)
+    status = train(configs=configs).results["status"]
+    assert set(status) == {"trained", "failed"}
+
+
+def test_a_monitored_loss_that_is_never_finite_has_no_best_weights() -> None:
+    far = np.full_like(VALIDATION, 1e25)
+    results = train(validation=far, patience=2).results
+    assert set(results["status"]) == {"diverged"}
+
+
+def test_patience_is_not_fooled_by_a_warm_up() -> None:
+    configs = sae_jax.grid("vanilla", **SIZE, l1_weight=1.0, l1_warmup=20)
+    with pytest.raises(InputError, match="warm-up of the penalty"):
+        train(configs=configs, validation=None, patience=2)
+    train(configs=configs, patience=2)
+
+
+def test_held_out_rows_of_another_precision_are_cast() -> None:
+    with jax.enable_x64(True):
+        found = train(validation=VALIDATION.astype(np.float64), patience=np.int64(2))
+    assert set(found.results["status"]) == {"trained", "diverged"}
+
+
+def test_a_choice_beside_a_preset_keeps_what_the_preset_requires() -> None:
+    (config,) = sae_jax.grid("vanilla", d_in=4, n_latents=8, l1_weight=0.1, activation="topk", k=2)
+    assert (config.activation, config.k) == ("topk", 2)
