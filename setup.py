@@ -18,7 +18,8 @@ EXTRAS = {
 EXTRAS["dev"] = [
     *EXTRAS["single-cell"],
     *EXTRAS["tensorboard"],
-    "torch>=2.4",
+    *EXTRAS["extract"],
+    "scvi-tools>=1.2",
     "build",
     "hypothesis",
     "pytest",
@@ -46,7 +47,7 @@ setup(
     package_data={"analysis": ["data/*"]},
     install_requires=[
         "absl-py>=2.1",
-        "anndata>=0.11",
+        "anndata>=0.12",
         "flax>=0.10",
         "gseapy>=1.1.3",
         "h5py>=3.11",
@@ -65,5 +66,7 @@ setup(
         "zarr>=3.0",
     ],
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["sae-jax = experiments.cli:main"]},
+    entry_points={
+        "console_scripts": ["sae-jax = experiments.cli:main", "sae-jax-extract = extract.main:cli"]
+    },
 )

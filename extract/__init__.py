@@ -1,1 +1,65 @@
-"""Foundation models to arrays (PyTorch). Talks to the other packages through files only."""
+"""Foundation models to arrays (PyTorch). Talks to the other packages through files only.
+
+`load_model` reads a checkpoint, `model.embed` cells; `store.open` what the program wrote.
+"""
+
+import importlib
+import inspect
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from extract import store as store
+from extract.errors import InputError, listed
+
+if TYPE_CHECKING:
+    from extract.models.base import Model
+
+# Reader classes by name; a module is imported when its model is asked for.
+MODELS: dict[str, str] = {
+    "scgpt": "extract.models.scgpt:ScGPT",
+    "geneformer": "extract.models.geneformer:Geneformer",
+    "scvi": "extract.models.scvi:ScVI",
+    "multidgd": "extract.models.multidgd:MultiDGD",
+    "callable": "extract.models.callable:Callable",
+}
+
+
+def register(name: str, reader: str | type) -> None:
+    """Add a model of your own: a class, or "package.module:Class"."""
+    MODELS[name] = reader
+
+
+def load_model(
+    name: str,
+    checkpoint: str | Path,
+    *,
+    device: str = "cpu",
+    dtype: str = "float32",
+    **options: Any,
+) -> "Model":
+    """A reader of the model `name` with the weights in `checkpoint`.
+
+    Args:
+      name: one of `MODELS`.
+      checkpoint: the folder that the model's authors' code wrote (for "callable": a torch module).
+      device: "cpu", "cuda", "cuda:1", "auto".
+      dtype: of the computation, "float32", or "bfloat16" for accelerators.
+      **options: the reader's own.
+
+    Raises:
+      InputError: no such model or folder, files that are missing, damaged or do not fit together.
+    """
+    if name not in MODELS:
+        raise InputError(f"there is no model '{name}'; there are {listed(MODELS, 20)}")
+    reader = MODELS[name]
+    if isinstance(reader, str):
+        module, _, attribute = reader.partition(":")
+        reader = getattr(importlib.import_module(module), attribute)
+    known = list(inspect.signature(reader).parameters)[1:]
+    if unknown := [option for option in options if option not in known]:
+        raise InputError(f"{name} has no option {listed(unknown)}; it has {listed(known, 20)}")
+    if isinstance(checkpoint, str | Path):
+        checkpoint = Path(checkpoint)
+        if not checkpoint.is_dir():
+            raise InputError(f"the checkpoint {checkpoint} is not a folder")
+    return reader(checkpoint, device=device, dtype=dtype, **options)

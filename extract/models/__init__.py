@@ -1,0 +1,1 @@
+"""Readers of foundation models, one file each, behind the protocol of `base`."""

@@ -1,0 +1,175 @@
+"""Cells as sequences of gene tokens: padding, pooling, edits; what transformers share."""
+
+import abc
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from extract.errors import InputError
+from extract.models.base import Edited, Layer, Model
+
+
+@dataclasses.dataclass(frozen=True)
+class Sequences:
+    """Tokens of cells.
+
+    Attributes:
+      ids: vocabulary positions, one int64 array a cell, special tokens included.
+      values: what goes with each token, float32, or None where the order says it all.
+      before, after: special tokens at either end of every cell; those between are genes.
+      empty: cells without a gene token, bool [cells].
+    """
+
+    ids: list[np.ndarray]
+    values: list[np.ndarray] | None
+    before: int
+    after: int
+    empty: np.ndarray
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens a cell, special ones included, int64 [cells]."""
+        return np.array([len(ids) for ids in self.ids], np.int64)
+
+    def take(self, positions: np.ndarray) -> "Sequences":
+        """The same of some cells."""
+        return dataclasses.replace(
+            self,
+            ids=[self.ids[i] for i in positions],
+            values=None if self.values is None else [self.values[i] for i in positions],
+            empty=self.empty[positions],
+        )
+
+    def rows(self, pooling: str) -> np.ndarray:
+        """Rows of output a cell: one, or its gene tokens under "tokens", int64 [cells]."""
+        if pooling != "tokens":
+            return np.ones(len(self.ids), np.int64)
+        return np.where(self.empty, 0, self.lengths - self.before - self.after)
+
+    def gene_ids(self) -> np.ndarray:
+        """Vocabulary positions of the rows under "tokens", int64 [tokens]."""
+        parts = [
+            ids[self.before : len(ids) - self.after]
+            for ids, empty in zip(self.ids, self.empty, strict=True)
+            if not empty
+        ]
+        return np.concatenate([np.empty(0, np.int64), *parts])
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Padded sequences on a device: `ids` [cells, tokens], `values` the same or None, `real` and
+    `gene` bool [cells, tokens]: no pad; neither pad nor special token."""
+
+    ids: torch.Tensor
+    values: torch.Tensor | None
+    real: torch.Tensor
+    gene: torch.Tensor
+
+
+def pad(cells: Sequences, pad_id: int, pad_value: float, device: torch.device) -> Batch:
+    """Sequences as arrays, padded to the longest of them."""
+    lengths = cells.lengths
+    longest = int(lengths.max())
+    real = np.arange(longest) < lengths[:, None]
+    gene = real & (np.arange(longest) >= cells.before)
+    gene &= np.arange(longest) < (lengths - cells.after)[:, None]
+    ids = np.full(real.shape, pad_id, np.int64)
+    ids[real] = np.concatenate(cells.ids)
+    values = None
+    if cells.values is not None:
+        filled = np.full(real.shape, pad_value, np.float32)
+        filled[real] = np.concatenate(cells.values)
+        values = torch.as_tensor(filled, device=device)
+    to = {"device": device}
+    return Batch(
+        torch.as_tensor(ids, **to), values, torch.as_tensor(real, **to), torch.as_tensor(gene, **to)
+    )
+
+
+def pool(hidden: torch.Tensor, batch: Batch, pooling: str) -> torch.Tensor:
+    """Rows of a layer's hidden states [cells, tokens, d]; pads never count.
+
+    "cls" is L2-normalised position 0, "cls_raw" the same as it is, "mean" over gene tokens,
+    "mean_with_special" over all tokens, "tokens" every gene token.
+    """
+    hidden = hidden.float()
+    if pooling == "tokens":
+        return hidden[batch.gene]
+    if pooling == "cls":
+        return torch.nn.functional.normalize(hidden[:, 0], dim=-1)
+    if pooling == "cls_raw":
+        return hidden[:, 0]
+    chosen = (batch.gene if pooling == "mean" else batch.real).unsqueeze(-1)
+    return (hidden * chosen).sum(dim=1) / chosen.sum(dim=1)
+
+
+Visit = Callable[[Layer, torch.Tensor], torch.Tensor]
+
+
+class SequenceModel(Model, abc.ABC):
+    """A transformer over gene tokens; subclasses run the blocks.
+
+    Attributes:
+      pad_id, pad_value: what stands where a cell of a batch has no token.
+    """
+
+    pad_id: int
+    pad_value: float = 0.0
+
+    @abc.abstractmethod
+    def blocks(self, batch: Batch, visit: Visit, last: Layer, first_only: bool) -> None:
+        """Run to layer `last` and, after each layer, go on with visit(layer, hidden).
+
+        `hidden` is [cells, tokens, d_model]; its pads are anything. `first_only` says that of
+        `last` position 0 alone is wanted: [cells, 1, d_model] will do there.
+        """
+
+    @abc.abstractmethod
+    def gene_names(self, ids: np.ndarray) -> np.ndarray:
+        """Names of token ids, text [tokens]."""
+
+    def heads(self, hidden: torch.Tensor, batch: Batch, name: str) -> torch.Tensor:
+        """The output `name`: rows of gene tokens, from the last block's hidden states."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        inputs: Sequences,
+        layers: Sequence[Layer],
+        pooling: str,
+        edited: Edited | None = None,
+        outputs: Sequence[str] = (),
+    ) -> tuple[dict[Layer, torch.Tensor], dict[str, torch.Tensor]]:
+        """See `Model.forward`."""
+        batch = pad(inputs, self.pad_id, self.pad_value, self.device)
+        found: dict[Layer, torch.Tensor] = {}
+        more: dict[str, torch.Tensor] = {}
+        last = self.all_layers[-1] if outputs else max(layers, key=self.all_layers.index)
+
+        def visit(layer: Layer, hidden: torch.Tensor) -> torch.Tensor:
+            if edited is not None and layer == edited.layer:
+                hidden = edited.apply(hidden, self._chosen(batch, edited.tokens))
+            if layer in layers:
+                found[layer] = pool(hidden, batch, pooling)
+            if layer == last:
+                more.update({name: self.heads(hidden, batch, name) for name in outputs})
+            return hidden
+
+        edits_last = edited is not None and edited.layer == last
+        first_only = pooling in ("cls", "cls_raw") and not outputs and not edits_last
+        self.blocks(batch, visit, last, first_only)
+        return found, more
+
+    def _chosen(self, batch: Batch, tokens: str) -> torch.Tensor:
+        if tokens == "all":
+            return batch.real
+        if tokens == "genes":
+            return batch.gene
+        if tokens == "cls" and not bool(batch.gene[:, 0].any()):
+            first = torch.zeros_like(batch.real)
+            first[:, 0] = True
+            return first
+        raise InputError(f"tokens must be all, genes or cls (where there is one), not '{tokens}'")
