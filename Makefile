@@ -4,10 +4,19 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test lint package bench clean
+.PHONY: demo demo-scvi test lint package bench clean
 
 demo: .venv/demo-installed  ## Train and name dictionaries of 700 real cells; under two minutes
 	$(BIN)/sae-jax quickstart --workdir=runs/demo --overwrite
+
+SCVI := runs/scvi
+ZHENG = $(SAE_JAX_DATA)/data/counts/zheng_facs_pbmc_3774x16791.h5ad
+
+demo-scvi: .venv/extract-installed  ## Real cells through a trained scVI to named features; a minute
+	@test -d "$(SAE_JAX_DATA)/golden/scvi/model" || { echo 'set SAE_JAX_DATA to the data folder' >&2; exit 2; }
+	$(BIN)/sae-jax-extract --model=scvi --checkpoint=$(SAE_JAX_DATA)/golden/scvi/model --h5ad=$(ZHENG) --output=$(SCVI)
+	$(BIN)/sae-jax sweep --data=$(SCVI)/latent.zarr --preset=vanilla,bricken,topk_schuster --n_latents=400 --l1_weight=0.5,0.75,1,1.5 --k_percent=1,2,5,10 --learning_rate=1e-3 --input_normalization=scalar --seeds=0,1 --epochs=110 --workdir=$(SCVI)/sweep --overwrite
+	$(BIN)/sae-jax quickstart --h5ad=$(ZHENG) --embedding=$(SCVI)/latent.zarr --sweep=$(SCVI)/sweep --expression_is=counts --gene_symbols=symbol --label=celltype --workdir=$(SCVI)/report --overwrite
 
 test: .venv/dev-installed  ## Everything that CI tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile
@@ -30,9 +39,13 @@ bench: .venv/demo-installed .bench-venv/installed  ## Training beside other libr
 	$(INSTALL) --editable '.[single-cell]'
 	touch $@
 
+.venv/extract-installed: setup.py constraints.txt | .venv/bin/python
+	$(INSTALL) --editable '.[single-cell,extract]'
+	touch $@ .venv/demo-installed
+
 .venv/dev-installed: setup.py constraints.txt | .venv/bin/python
 	$(INSTALL) --editable '.[dev]'
-	touch $@ .venv/demo-installed
+	touch $@ .venv/demo-installed .venv/extract-installed
 
 # A torchvision of another torch's build breaks whatever looks for one, and no peer needs it to train.
 .bench-venv/installed: bench-requirements.txt

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
 
+from extract.errors import InputError as ExtractionError
 from sae_jax import InputError, distributed
 
 PROGRAMS = {
@@ -63,7 +64,7 @@ def launch(
         distributed.use_compilation_cache()
         try:
             program()
-        except InputError as error:
+        except (InputError, ExtractionError) as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
         except OSError as error:

@@ -38,6 +38,7 @@ from scipy import sparse
 import sae_jax
 from analysis import annotation, cells, features, gene_sets, nulls, plots
 from experiments import cli, quickstart_page
+from extract import store
 from sae_jax import InputError, data, files, workdir
 
 FLAGS = flags.FLAGS
@@ -70,7 +71,14 @@ class Inputs:
 def define_flags() -> None:
     """Defines the flags; `cli.launch` calls this."""
     flags.DEFINE_string("h5ad", None, "AnnData file; default: the PBMC data that ship with scanpy.")
-    flags.DEFINE_string("embedding", None, "Key of obsm; default: PCA of the expression.")
+    flags.DEFINE_string(
+        "embedding",
+        None,
+        "Key of obsm, or an extraction store (layer_02.zarr); default: PCA of the expression.",
+    )
+    flags.DEFINE_string(
+        "sweep", None, "Folder of a finished `sae-jax sweep` to choose from, instead of training."
+    )
     flags.DEFINE_integer("pca", 50, "Dimensions of that PCA.", lower_bound=1)
     flags.DEFINE_string("expression", None, "X, raw, or the name of a layer (default X).")
     flags.DEFINE_enum(
@@ -113,29 +121,22 @@ def main() -> None:
     # 1. Refuse what is wrong before anything is written.
     out = check_workdir()
     inputs = read_inputs()
-    train, validation = split_cells(len(inputs.embedding))
     halves = label_halves(inputs)
-    configs = sweep_configs(inputs.embedding.shape[1])
-    claim(out, inputs.settings)
+    if FLAGS.sweep:
+        run, train = read_sweep(inputs.embedding)
+        claim(out, inputs.settings)
+    else:
+        train, validation = split_cells(len(inputs.embedding))
+        configs = sweep_configs(inputs.embedding.shape[1])
+        claim(out, inputs.settings)
 
-    # 2. Train all configurations, choose one.
-    began = time.perf_counter()
-    run = sae_jax.train(
-        configs,
-        inputs.embedding[train],
-        inputs.embedding[validation],
-        epochs=math.ceil(FLAGS.steps / (len(train) // FLAGS.batch_size)),
-        workdir=out,
-        data_seed=FLAGS.seed,
-        provenance={
-            "h5ad": inputs.settings["h5ad"],
-            "embedding": FLAGS.embedding or f"PCA {inputs.embedding.shape[1]}",
-        },
-    )
-    logging.info("trained %d configurations in %.0f s", len(configs), time.perf_counter() - began)
+        # 2. Train all configurations, choose one.
+        run = train_sweep(configs, inputs, train, validation, out)
     member, reason = choose(run, inputs, halves[0])
     logging.info("chosen: member %d, %s", member, reason)
     folder = f"dictionaries/{member:04d}"
+    if FLAGS.sweep:
+        folder = str(Path(FLAGS.sweep) / folder)
     files.write_json(out / "choice.json", {"member": member, "folder": folder, "reason": reason})
 
     # 3. Name its features, and count what the same pipeline names by chance.
@@ -229,7 +230,11 @@ def read_inputs() -> Inputs:
         )
     adata = cells.read(path)
     labels = None if label is None else cells.labels(adata, label)
-    embedding = None if FLAGS.embedding is None else cells.embedding(adata, FLAGS.embedding)
+    embedding = None
+    if FLAGS.embedding is not None and FLAGS.embedding.endswith(".zarr"):
+        embedding = stored_embedding(adata.obs_names)
+    elif FLAGS.embedding is not None:
+        embedding = cells.embedding(adata, FLAGS.embedding)
     expression = cells.expression(adata, source, kind, FLAGS.gene_symbols)
     embedded = FLAGS.gene_sets == gene_sets.EMBEDDED
     sets = gene_sets.load(
@@ -248,6 +253,18 @@ def read_inputs() -> Inputs:
         settings=settings, obs=adata.obs, expression=expression, embedding=embedding,
         labels=labels, sets=sets,
     )  # fmt: skip
+
+
+def stored_embedding(names: pd.Index) -> np.ndarray:
+    """Rows of an extraction store for the cells of these names, float32 [cells, dimensions]."""
+    found = store.open(FLAGS.embedding)
+    at = found.obs.index.get_indexer(names)
+    if (at < 0).any():
+        raise InputError(
+            f"{FLAGS.embedding} lacks {int((at < 0).sum())} of the {len(names)} cells "
+            f"({names[at < 0][0]} first)"
+        )
+    return data.check_rows(np.asarray(found.X[:], np.float32)[at], FLAGS.embedding)
 
 
 def default_cells() -> Path:
@@ -320,6 +337,51 @@ def claim(out: Path, settings: dict[str, Any]) -> None:
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
+
+
+def train_sweep(
+    configs: list[sae_jax.SAEConfig],
+    inputs: Inputs,
+    train: np.ndarray,
+    validation: np.ndarray,
+    out: Path,
+) -> sae_jax.Run:
+    """All configurations, on the cells at the positions `train`."""
+    began = time.perf_counter()
+    run = sae_jax.train(
+        configs,
+        inputs.embedding[train],
+        inputs.embedding[validation],
+        epochs=math.ceil(FLAGS.steps / (len(train) // FLAGS.batch_size)),
+        workdir=out,
+        data_seed=FLAGS.seed,
+        provenance={
+            "h5ad": inputs.settings["h5ad"],
+            "embedding": FLAGS.embedding or f"PCA {inputs.embedding.shape[1]}",
+        },
+    )
+    logging.info("trained %d configurations in %.0f s", len(configs), time.perf_counter() - began)
+    return run
+
+
+def read_sweep(embedding: np.ndarray) -> tuple[sae_jax.Run, np.ndarray]:
+    """A finished sweep, and the positions of the cells that it was trained on."""
+    run = sae_jax.Run.load(FLAGS.sweep)
+    trained = [dictionary for dictionary in run.dictionaries if dictionary is not None]
+    if not trained or "validation_r2" not in run.results:
+        raise InputError(f"{FLAGS.sweep} has no trained dictionaries with validation rows")
+    about, widths = trained[0].provenance, {dictionary.config.d_in for dictionary in trained}
+    if widths != {embedding.shape[1]}:
+        raise InputError(
+            f"{FLAGS.sweep} was trained on {sorted(widths)} dimensions, the embedding has "
+            f"{embedding.shape[1]}"
+        )
+    if "validation_share" not in about:  # split by a column of obs, say
+        return run, np.arange(len(embedding))
+    train, _ = data.split(len(embedding), about["validation_share"], about["data_seed"])
+    if about["train"] != data.fingerprint(np.ascontiguousarray(embedding[train])):
+        raise InputError(f"{FLAGS.sweep} was trained on other rows than --embedding names")
+    return run, train
 
 
 def choose(run: sae_jax.Run, inputs: Inputs, half: np.ndarray) -> tuple[int, str]:

@@ -8,7 +8,6 @@ import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from extract import store as store
 from extract.errors import InputError, listed
 
 if TYPE_CHECKING:
@@ -22,6 +21,13 @@ MODELS: dict[str, str] = {
     "multidgd": "extract.models.multidgd:MultiDGD",
     "callable": "extract.models.callable:Callable",
 }
+
+
+def __getattr__(name: str) -> Any:
+    """`extract.store` without importing it first; it takes a second for anndata."""
+    if name == "store":
+        return importlib.import_module("extract.store")
+    raise AttributeError(f"module 'extract' has no attribute {name!r}")
 
 
 def register(name: str, reader: str | type) -> None:
@@ -40,7 +46,7 @@ def load_model(
     """A reader of the model `name` with the weights in `checkpoint`.
 
     Args:
-      name: one of `MODELS`.
+      name: one of `MODELS`, or "package.module:Class", a reader of your own.
       checkpoint: the folder that the model's authors' code wrote (for "callable": a torch module).
       device: "cpu", "cuda", "cuda:1", "auto".
       dtype: of the computation, "float32", or "bfloat16" for accelerators.
@@ -49,12 +55,15 @@ def load_model(
     Raises:
       InputError: no such model or folder, files that are missing, damaged or do not fit together.
     """
-    if name not in MODELS:
+    if name not in MODELS and ":" not in name:
         raise InputError(f"there is no model '{name}'; there are {listed(MODELS, 20)}")
-    reader = MODELS[name]
+    reader = MODELS.get(name, name)
     if isinstance(reader, str):
         module, _, attribute = reader.partition(":")
-        reader = getattr(importlib.import_module(module), attribute)
+        try:
+            reader = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise InputError(f"the model '{name}' cannot be imported: {error}") from None
     known = list(inspect.signature(reader).parameters)[1:]
     if unknown := [option for option in options if option not in known]:
         raise InputError(f"{name} has no option {listed(unknown)}; it has {listed(known, 20)}")

@@ -36,7 +36,8 @@ BLOCK = 1024  # cells read, run and written together; sequences of like length s
 
 def define_flags() -> None:
     """Once a process: absl has one set of flags."""
-    flags.DEFINE_enum("model", None, sorted(set(extract.MODELS) - {"callable"}), "Which reader.")
+    known = ", ".join(sorted(set(extract.MODELS) - {"callable"}))
+    flags.DEFINE_string("model", None, f"{known}, or package.module:Class of your own.")
     flags.DEFINE_string("checkpoint", None, "The folder that the model's own code wrote.")
     flags.DEFINE_string("dictionaries", None, "Geneformer's token and gene dictionaries: a folder.")
     flags.DEFINE_string("h5ad", None, "The cells: an .h5ad or .zarr file of anndata.")

@@ -25,7 +25,7 @@ from sae_jax.dictionary import Dictionary
 from sae_jax.errors import InputError
 from sae_jax.state import History
 from sae_jax.streaming import Rows
-from sae_jax.workdir import Member, Workdir, locked, tables
+from sae_jax.workdir import Member, Workdir, locked, read_members, tables
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -50,6 +50,17 @@ class Run:
     dictionaries: list[Dictionary | None]
     results: "pd.DataFrame"
     history: "pd.DataFrame"
+
+    @classmethod
+    def load(cls, workdir: str | os.PathLike[str]) -> "Run":
+        """What `train` left in a folder; of an unfinished run, the members that are finished.
+
+        Raises:
+          InputError: no such folder, or a damaged one.
+        """
+        members = dict(sorted(read_members(Path(workdir)).items()))
+        dictionaries = [member.dictionary for member in members.values()]
+        return cls(dictionaries, *tables(members))
 
 
 def grid(preset: str, **axes: Any) -> list[SAEConfig]:

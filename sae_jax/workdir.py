@@ -93,31 +93,11 @@ class Workdir:
 
     def finished(self) -> dict[int, Member]:
         """Members of an earlier call, by position."""
-        members = self._read() if (self.path / "results.parquet").exists() else {}
+        members = read_members(self.path) if (self.path / "results.parquet").exists() else {}
         for position in range(self.members):  # what a killed run left; it is trained again
             if position not in members and self.folder(position).exists():
                 shutil.rmtree(self.folder(position))
         return members
-
-    def _read(self) -> dict[int, Member]:
-        results = _read_parquet(self.path / "results.parquet")
-        history = _read_parquet(self.path / "history.parquet")
-        if "member" not in results or not set(results["member"]) <= set(history.get("member", ())):
-            raise InputError(f"{self.path}: results.parquet and history.parquet disagree")
-        history = dict(iter(history.groupby("member")))
-        return {
-            row["member"]: Member(
-                Dictionary.load(self.folder(row["member"])) if row["status"] == "trained" else None,
-                row,
-                History(
-                    **{
-                        field.name: history[row["member"]][field.name].to_numpy()
-                        for field in dataclasses.fields(History)
-                    }
-                ),
-            )
-            for row in results.to_dict("records")
-        }
 
     def write(self, members: dict[int, Member]) -> None:
         """Bring the folder up to date with the finished members, by position."""
@@ -131,7 +111,7 @@ class Workdir:
 
     def folder(self, position: int) -> Path:
         """Where a member's dictionary lies."""
-        return self.path / "dictionaries" / f"{position:04d}"
+        return dictionary_folder(self.path, position)
 
     def checkpoints(self, first: int) -> Path:
         """Where those of the program lie whose first member is at this position."""
@@ -143,6 +123,39 @@ class Workdir:
         for folder in set((self.path / "checkpoints").glob("*")) - kept:
             if folder.name.isdigit():
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def dictionary_folder(path: Path, position: int) -> Path:
+    """Where a member's dictionary lies in a run's folder."""
+    return path / "dictionaries" / f"{position:04d}"
+
+
+def read_members(path: Path) -> dict[int, Member]:
+    """The finished members in a run's folder, by position.
+
+    Raises:
+      InputError: tables that are missing, damaged or disagree; a damaged dictionary.
+    """
+    results = _read_parquet(path / "results.parquet")
+    history = _read_parquet(path / "history.parquet")
+    if "member" not in results or not set(results["member"]) <= set(history.get("member", ())):
+        raise InputError(f"{path}: results.parquet and history.parquet disagree")
+    history = dict(iter(history.groupby("member")))
+    return {
+        row["member"]: Member(
+            Dictionary.load(dictionary_folder(path, row["member"]))
+            if row["status"] == "trained"
+            else None,
+            row,
+            History(
+                **{
+                    field.name: history[row["member"]][field.name].to_numpy()
+                    for field in dataclasses.fields(History)
+                }
+            ),
+        )
+        for row in results.to_dict("records")
+    }
 
 
 def tables(members: dict[int, Member]) -> tuple["pd.DataFrame", "pd.DataFrame"]:

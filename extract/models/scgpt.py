@@ -125,7 +125,7 @@ class _CellDecoder(nn.Module):
         self.W = nn.Linear(width, width, bias=False)
 
 
-class _Network(nn.Module):
+class Network(nn.Module):
     """The parts under the authors' names, so that their state_dict fits."""
 
     def __init__(self, vocabulary: int, args: dict[str, Any], heads: Sequence[str]) -> None:
@@ -181,7 +181,7 @@ class ScGPT(SequenceModel):
             if any(key.startswith(part) for key in weights)
         ]  # fmt: skip
         self.outputs = dict.fromkeys(heads, "token")
-        self.network = _Network(len(self.vocabulary), self.args, heads)
+        self.network = Network(len(self.vocabulary), self.args, heads)
         checkpoints.load_into(self.network, weights, path, quiet="cls_decoder.")
         self.network.to(self.device, checkpoints.dtype_of(dtype)).eval().requires_grad_(False)
         self.checkpoint = checkpoints.hashes(folder, ("args.json", "vocab.json", path.name))
