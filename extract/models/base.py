@@ -260,6 +260,19 @@ class Model(abc.ABC):
         edited = None if edit is None else Edited(layer, edit, tokens)
         return self.evaluate(inputs, layers, pooling, edited, outputs, batch_size=batch_size)
 
+    def _inputs(
+        self,
+        adata: anndata.AnnData,
+        genes: str | None,
+        counts: str | None,
+        empty_cells: str,
+        options: dict[str, Any],
+    ) -> Any:
+        plan = self.plan(adata, genes, counts, **options)
+        inputs = plan.read(slice(None))
+        refuse_empty(inputs.empty, plan.names, empty_cells)
+        return inputs
+
     def evaluate(
         self,
         inputs: Any,

@@ -14,9 +14,11 @@ from absl import flags
 from absl.testing import flagsaver
 from scipy import sparse
 
+import extract
 import sae_jax
 from experiments import quickstart
-from sae_jax import InputError
+from extract import store
+from sae_jax import InputError, data
 
 GENES, CELLS, PROGRAM = 240, 360, 20
 SMALL = {"n_latents": 100, "steps": 60, "seeds": 1, "pca": 8, "min_size": 5}
@@ -245,3 +247,69 @@ def test_console_script_ignores_folders_of_our_packages_names(tmp_path: Path) ->
     assert done.returncode == 2
     assert done.stderr.strip() == "error: there is no file none.h5ad"
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def swept(cells: anndata.AnnData, tmp_path: Path) -> tuple[Path, Path]:
+    """A store with the cells in another order, and a sweep on their programs' totals."""
+    totals = np.stack([cells.X[:, i : i + 10].sum(axis=1).A1 for i in range(0, 60, 10)], axis=1)
+    order = np.random.default_rng(1).permutation(CELLS)
+    about = {
+        "identity": "i", "pooling": "latent", "empty_cells": [],
+        "obs_names_sha256": store.names_hash(cells.obs_names[order]),
+    }  # fmt: skip
+    writer = store.Writer(
+        tmp_path, {"latent": "latent"}, cells.obs.iloc[order], 6, about, "float32"
+    )
+    writer.write(0, slice(0, CELLS), {"latent": totals[order].astype(np.float32)})
+    (path,) = writer.finish()
+    train, validation = data.split(CELLS, 0.1, 0)
+    configs = sae_jax.grid(
+        "vanilla", d_in=6, n_latents=30, l1_weight=[0.1, 0.3], learning_rate=1e-2,
+        input_normalization="scalar", batch_size=64,
+    )  # fmt: skip
+    rows = totals.astype(np.float32)
+    sae_jax.train(
+        configs, rows[train], rows[validation], epochs=60, workdir=tmp_path / "sweep",
+        provenance={"validation_share": 0.1}, progress=False,
+    )  # fmt: skip
+    return path, tmp_path / "sweep"
+
+
+def test_a_store_and_a_finished_sweep(run: Callable[..., Path], swept: tuple[Path, Path]) -> None:
+    path, sweep = map(str, swept)
+    out = run(embedding=path, sweep=sweep)
+    choice = json.loads((out / "choice.json").read_text())
+    assert choice["folder"] == f"{sweep}/dictionaries/{choice['member']:04d}"
+    assert not (out / "dictionaries").exists()
+    found = anndata.read_h5ad(out / "features.h5ad")
+    dictionary = sae_jax.Dictionary.load(choice["folder"])
+    stored = anndata.read_zarr(path)
+    z = dictionary.encode(stored[found.obs_names].X)
+    np.testing.assert_array_equal(found.X.toarray(), z[:, found.var["latent"]])
+    assert pd.read_csv(out / "labels.csv")["auroc"].min() > 0.8
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"embedding": "nowhere.zarr"}, "no extraction store"),
+        ({"sweep": "nowhere"}, "nowhere/results.parquet is missing"),
+        ({"embedding": "X_some"}, "was trained on other rows"),
+        ({"embedding": None}, r"was trained on \[6\] dimensions, the embedding has 8"),
+    ],
+)
+def test_stores_and_sweeps_that_do_not_fit(
+    run: Callable[..., Path], swept: tuple[Path, Path], given: dict[str, Any], message: str
+) -> None:
+    path, sweep = map(str, swept)
+    with pytest.raises((InputError, extract.InputError), match=message):
+        run(**{"embedding": path, "sweep": sweep, **given})
+
+
+def test_a_store_that_lacks_cells(run: Callable[..., Path], swept: tuple[Path, Path]) -> None:
+    def more(adata: anndata.AnnData) -> None:
+        adata.obs_names = ["stranger", *adata.obs_names[1:]]
+
+    with pytest.raises(InputError, match=r"lacks 1 of the 360 cells \(stranger first\)"):
+        run(more, embedding=str(swept[0]), sweep=str(swept[1]))

@@ -401,18 +401,21 @@ def test_a_cut_file_of_cells(program: Program, cells_file: Path, tmp_path: Path)
             program(h5ad=cut)
 
 
-@pytest.mark.parametrize("kind", ["zarr", "csc", "dense"])
+@pytest.mark.parametrize("kind", ["zarr", "dense zarr", "csc", "dense", "csc zarr"])
 def test_other_forms_of_cells(
     program: Program, checkpoint: Path, kind: str, tmp_path: Path
 ) -> None:
     cells = CELLS.copy()
-    if kind == "csc":
+    if "csc" in kind:
         cells.X = cells.X.tocsc()
-    elif kind == "dense":
+    elif "dense" in kind:
         cells.X = cells.X.toarray()
-    path = tmp_path / ("c.zarr" if kind == "zarr" else "c.h5ad")
-    (cells.write_zarr if kind == "zarr" else cells.write_h5ad)(path)
-    out = program(h5ad=path)
-    np.testing.assert_allclose(
-        store.open(out / "layer_02.zarr").X[:], expected(None, "cls", checkpoint)[2], atol=1e-6
-    )
+    cells.obs["kind"] = ["a", "b", "c"] * 4
+    path = tmp_path / ("c.zarr" if "zarr" in kind else "c.h5ad")
+    (cells.write_zarr if "zarr" in kind else cells.write_h5ad)(path)
+    plain = expected(None, "cls", checkpoint)[2]
+    found = store.open(program(h5ad=path) / "layer_02.zarr").X[:]
+    np.testing.assert_allclose(found, plain, atol=1e-6)
+    some = program(h5ad=path, output=tmp_path / "some", obs_filter="kind != 'b'")
+    found = store.open(some / "layer_02.zarr").X[:]
+    np.testing.assert_allclose(found, plain[np.arange(12) % 3 != 1], atol=1e-6)

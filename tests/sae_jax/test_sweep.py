@@ -583,3 +583,10 @@ def test_held_out_rows_of_another_precision_are_cast() -> None:
 def test_a_choice_beside_a_preset_keeps_what_the_preset_requires() -> None:
     (config,) = sae_jax.grid("vanilla", d_in=4, n_latents=8, l1_weight=0.1, activation="topk", k=2)
     assert (config.activation, config.k) == ("topk", 2)
+
+
+def test_a_finished_run_is_loaded_whole(finished: Path, plain: Run) -> None:
+    found = Run.load(finished)
+    assert_equal_runs(found, plain)
+    with pytest.raises(InputError, match="missing or damaged"):
+        Run.load(finished / "dictionaries")
