@@ -55,9 +55,12 @@ def launch(
 
     def run(arguments: Sequence[str]) -> None:
         if len(arguments) > 1:
-            raise app.UsageError(f"unexpected arguments: {' '.join(arguments[1:])}")
+            print(f"error: unexpected arguments: {' '.join(arguments[1:])}", file=sys.stderr)
+            sys.exit(2)
         logging.set_verbosity(logging.INFO)
         logging.get_absl_handler().setFormatter(None)
+        # Orbax logs through absl as well, a dozen lines for each checkpoint.
+        logging.get_absl_logger().addFilter(lambda record: "orbax" not in record.pathname)
         for chatty in ("jax", "anndata"):
             python_logging.getLogger(chatty).setLevel(python_logging.WARNING)
         distributed.use_all_cpu_cores()
@@ -71,7 +74,8 @@ def launch(
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
             where = error.filename or "the workdir"
-            print(f"error: {where}: {error.strerror}; make room and --resume", file=sys.stderr)
+            again = "give the same command again (quickstart: with --resume)"
+            print(f"error: {where}: {error.strerror}; make room and {again}", file=sys.stderr)
             sys.exit(1)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)

@@ -157,7 +157,11 @@ def _parsed(path: Path) -> Any:
     import yaml
 
     try:
-        return _numbers(yaml.safe_load(path.read_text()))
+        text = path.read_text()
+        # An alias may stand for itself, or a few lines for billions.
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
+            raise ValueError("aliases (*name) are not supported")
+        return _numbers(yaml.safe_load(text))
     except (OSError, ValueError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"--config: {path} cannot be read as YAML: {reason}") from None
@@ -166,6 +170,8 @@ def _parsed(path: Path) -> Any:
 def _numbers(value: Any) -> Any:
     """With numbers where YAML 1.1 sees text: 1e-3, which it wants written 1.0e-3."""
     if isinstance(value, dict):
+        if strange := [key for key in value if not isinstance(key, str)]:
+            raise ValueError(f"{strange[0]!r} is no name of a field")
         return {key: _numbers(inside) for key, inside in value.items()}
     if isinstance(value, list):
         return [_numbers(inside) for inside in value]
@@ -182,7 +188,7 @@ def _run(path: Path, d_in: int) -> Any:
     try:
         configs = runpy.run_path(str(path)).get("configs")
         configs = configs(d_in) if callable(configs) else configs
-    except Exception as error:  # anything at all: it is somebody's program
+    except (Exception, SystemExit) as error:  # anything at all: it is somebody's program
         raise InputError(f"--config: {path} failed: {type(error).__name__}: {error}") from error
     if not (isinstance(configs, list) and all(isinstance(c, SAEConfig) for c in configs)):
         raise InputError(

@@ -6,7 +6,7 @@ What `sweep` and `train` have in common.
 import collections
 import contextlib
 import importlib.util
-import shutil
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -67,21 +67,24 @@ def check_workdir(out: Path, settings: str) -> Path:
 def claim(out: Path, settings: str, produced: Sequence[str]) -> None:
     """Make the folder ours: clear what --overwrite replaces, and note the flags."""
     if FLAGS.overwrite:
-        for path in (out / name for name in (*KEPT, *produced, settings, "tensorboard")):
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-    if not (out / settings).exists():
-        given = {
-            flag.name: flag.value
-            for module in (FLAGS.find_module_defining_flag(name) for name in ("data", "preset"))
-            for flag in FLAGS.get_flags_for_module(module)
-            if flag.value is not None
-        }
-        for name in ("workdir", "overwrite", "dry_run"):
-            given.pop(name, None)
-        files.write_json(out / settings, given)
+        # What tells that the folder is ours goes last: a kill leaves one that can be overwritten.
+        for name in [*KEPT, *(n for n in produced if n != settings), "tensorboard", settings]:
+            files.remove(out / name)
+    if not (out / "configs.json").exists():
+        files.write_json(out / settings, given_flags())
+
+
+def given_flags() -> dict[str, Any]:
+    """What was asked for, but for the folder."""
+    given = {
+        flag.name: flag.value
+        for module in (FLAGS.find_module_defining_flag(name) for name in ("data", "preset"))
+        for flag in FLAGS.get_flags_for_module(module)
+        if flag.value is not None
+    }
+    for name in ("workdir", "overwrite", "dry_run", "multihost"):
+        given.pop(name, None)
+    return given
 
 
 def read_rows() -> dict[str, Rows]:
@@ -96,6 +99,8 @@ def read_rows() -> dict[str, Rows]:
         if len(labels) != len(rows):
             raise InputError(f"obs has {len(labels)} rows, {FLAGS.data} has {len(rows)}")
         positions = data.split_by(labels)
+    elif not math.isfinite(FLAGS.validation):
+        raise InputError(f"--validation={FLAGS.validation} must be a share in 0 .. 1")
     elif FLAGS.validation == 0:
         return {"train": rows}
     else:
@@ -114,6 +119,10 @@ def check(configs: Sequence[SAEConfig], rows: dict[str, Rows]) -> None:
     """Refuses all that training would, before the folder is touched."""
     if FLAGS.tensorboard and importlib.util.find_spec("tensorboardX") is None:
         raise InputError("--tensorboard needs tensorboardX: pip install 'sae-jax[tensorboard]'")
+    for name in ("checkpoint_seconds", "resident_gib"):
+        if FLAGS[name].value is not None and not math.isfinite(FLAGS[name].value):
+            raise InputError(f"--{name}={FLAGS[name].value} must be a finite number")
+    data.provenance(FLAGS.data)  # which training reads after the folder has been cleared
     held_out = {name: part for name, part in rows.items() if name != "train"}
     sweep.check(
         list(configs), rows["train"], held_out, FLAGS.epochs, FLAGS.data_seed, FLAGS.patience,

@@ -23,7 +23,6 @@ import dataclasses
 import importlib.util
 import json
 import math
-import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -329,14 +328,11 @@ def claim(out: Path, settings: dict[str, Any]) -> None:
         differences = workdir.difference(earlier | ignored, settings | ignored)
         if differences:
             raise InputError(f"{out} holds a run of other settings:\n  {differences}")
-    files.remove_leftovers(out)
+    files.remove_leftovers(out, out / "figures")
     files.write_json(out / SETTINGS, settings)
     if FLAGS.overwrite:
-        for path in (out / name for name in OUTPUTS):
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+        for name in OUTPUTS:
+            files.remove(out / name)
 
 
 def train_sweep(

@@ -25,6 +25,8 @@ R² of the held-out rows over their L0, and which configurations nothing else be
 """
 
 import dataclasses
+import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -76,10 +78,11 @@ def main() -> None:
     print(configurations.describe(configs))
     if out is None:
         return
-    jobs.claim(out, SETTINGS, FILES)
+    with workdir.locked(out):
+        jobs.claim(out, SETTINGS, FILES)
 
-    # 2. Train. Each program's results are on disk before the next one starts.
-    run = jobs.train(configs, rows, out)
+        # 2. Train. Each program's results are on disk before the next one starts.
+        run = jobs.train(configs, rows, out)
 
     # 3. Draw, and say where everything lies.
     split = "validation" if "validation" in rows else "train"
@@ -89,6 +92,8 @@ def main() -> None:
         print(f"  {name:<20} {what}")
     print(f"\nbest {split} R² at their L0")
     print(best(run.results, split))
+    if (run.results["status"] == "diverged").all():
+        raise SystemExit("error: every configuration diverged; lower the learning rates?")
     failed = int((run.results["status"] == "failed").sum())
     if failed:
         raise SystemExit(
@@ -112,12 +117,29 @@ def check_workdir(index: int, shards: int) -> Path:
     out = Path(FLAGS.workdir)
     workdir.check_writable(out)
     if shards > 1:
-        # Other shards, and the trials of those that start now.
-        ours = {*out.glob("shard-*-of-*"), *out.glob(".writable.*")}
-        if out.is_dir() and set(out.iterdir()) - ours:
-            raise InputError(f"{out} holds other files than shards; choose another folder")
+        check_siblings(out, index, shards)
         out = out / f"shard-{index:03d}-of-{shards:03d}"
     return jobs.check_workdir(out, SETTINGS)
+
+
+def check_siblings(out: Path, index: int, shards: int) -> None:
+    """Refuses a folder that holds other things than the shards of this sweep."""
+    there = list(out.iterdir()) if out.is_dir() else []
+    # A name that begins with a dot is of a shard that is starting.
+    there = [path for path in there if not path.name.startswith(".")]
+    if any(not re.fullmatch(r"shard-\d+-of-\d+", path.name) for path in there):
+        raise InputError(f"{out} holds other files than shards; choose another folder")
+    if other := [path.name for path in there if not path.name.endswith(f"-of-{shards:03d}")]:
+        raise InputError(f"{out} holds {other[0]}: a sweep of another number of shards")
+    ours = jobs.given_flags()
+    for path in there:
+        if path.name == f"shard-{index:03d}-of-{shards:03d}" or not (path / SETTINGS).is_file():
+            continue
+        theirs = json.loads((path / SETTINGS).read_text())
+        theirs.pop("shard_index", None)
+        if theirs != {k: v for k, v in ours.items() if k != "shard_index"}:
+            changes = workdir.difference(theirs, {k: v for k, v in ours.items() if k in theirs})
+            raise InputError(f"{path} is a shard of another sweep:\n  {changes}")
 
 
 def shard(
@@ -152,7 +174,7 @@ def best(results: pd.DataFrame, split: str) -> str:
     highest = trained[r2].cummax()
     front = trained[(trained[r2] == highest) & (highest > highest.shift(fill_value=-np.inf))]
     if front.empty:
-        return "  none: every configuration diverged"
+        return f"  none: {len(trained)} of {len(results)} are trained, none with a finite R²"
     some = np.unique(np.linspace(0, len(front) - 1, SHOWN).round().astype(int))
     fields = [field.name for field in dataclasses.fields(SAEConfig)]
     values = results.groupby("name")[fields].nunique(dropna=False).max()

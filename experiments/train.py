@@ -17,7 +17,7 @@ from absl import flags
 
 from analysis import plots
 from experiments import cli, configurations, jobs
-from sae_jax import InputError
+from sae_jax import InputError, workdir
 
 FLAGS = flags.FLAGS
 
@@ -52,10 +52,11 @@ def main() -> None:
             f"these flags make {len(configs)} configurations; `sae-jax sweep` trains them all"
         )
     jobs.check(configs, rows)
-    jobs.claim(out, SETTINGS, FILES)
+    with workdir.locked(out):
+        jobs.claim(out, SETTINGS, FILES)
 
-    # 2. Train.
-    run = jobs.train(configs, rows, out)
+        # 2. Train.
+        run = jobs.train(configs, rows, out)
 
     # 3. Draw, and say where everything lies and what came out.
     plots.save(plots.training(run.history), out / "figures", "training")

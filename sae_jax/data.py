@@ -16,14 +16,17 @@ _SPLITS = {name: name for name in ("train", "validation", "test")}
 _SPLITS |= {"val": "validation", "valid": "validation"}
 
 
-def check_rows(x: Any, name: str, *, d_in: int | None = None) -> Any:
+def check_rows(
+    x: Any, name: str, *, d_in: int | None = None, positions: np.ndarray | None = None
+) -> Any:
     """`x` as a C-ordered floating array [rows, d_in]; float32 unless it is float64 already.
 
-    `Rows` are looked through by `scan` and stay what they are.
+    `Rows` are looked through by `scan` and stay what they are. `positions` are the rows of the file
+    that these are, for messages.
 
     Raises:
-      InputError: not two-dimensional, not numbers, of another width than d_in, empty, or with NaN
-        or infinite values (how many, in which rows first).
+      InputError: not two-dimensional, not numbers, of another width than d_in, empty, or with
+        values that are NaN or infinite (how many, in which rows first).
     """
     if not (isinstance(x, Rows) or scipy.sparse.issparse(x)):
         x = np.asarray(x)
@@ -34,7 +37,8 @@ def check_rows(x: Any, name: str, *, d_in: int | None = None) -> Any:
     x = np.ascontiguousarray(x, float_dtype(x.dtype))
     finite = np.isfinite(x)
     if not finite.all():
-        raise not_finite(name, np.nonzero(~finite)[0], len(x))
+        bad = np.nonzero(~finite)[0]
+        raise not_finite(name, bad if positions is None else positions[bad], len(x))
     return x
 
 
@@ -267,6 +271,8 @@ def _find(source: str) -> Any:
     """The array or group that a source names."""
     path, inside = _parts(source)
     if path.endswith(".npy"):
+        if ":" in source:
+            raise InputError(f"{source}: an .npy file is one array; leave out what follows it")
         try:  # of the format alone: np.load would take a zip archive or a pickle
             return np.lib.format.open_memmap(path, mode="r")
         except (ValueError, EOFError, OSError) as error:

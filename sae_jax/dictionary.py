@@ -252,7 +252,8 @@ class Dictionary:
         }
         with files.write_aside(path) as folder:
             folder.mkdir()
-            safetensors.numpy.save_file(tensors, folder / "sae_weights.safetensors")
+            content = safetensors.numpy.save(tensors)  # whose file writer hides why it failed
+            (folder / "sae_weights.safetensors").write_bytes(content)
             cfg["weights_sha256"] = _sha256(folder / "sae_weights.safetensors")
             text = json.dumps(cfg, indent=1, allow_nan=False)
             (folder / "cfg.json").write_text(text + "\n")

@@ -44,13 +44,23 @@ def write_aside(path: str | os.PathLike[str]) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def remove_leftovers(folder: str | os.PathLike[str]) -> None:
-    """Delete what `write_aside` had begun in a folder, and below it, when its process was killed.
+def remove_leftovers(*folders: str | os.PathLike[str]) -> None:
+    """Delete what `write_aside` had begun in folders when its process was killed.
 
-    Only for folders that no other process writes to.
+    Only for folders of ours that no other process writes to.
     """
-    for leftover in Path(folder).rglob(f"{ASIDE}*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    for folder in folders:
+        for leftover in Path(folder).glob(f"{ASIDE}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def remove(path: str | os.PathLike[str]) -> None:
+    """Delete a file, a folder with all in it, or a link (not what it leads to), if it is there."""
+    path = Path(path)
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:

@@ -144,6 +144,10 @@ def train(
       Exception: what the first program raised, if every one failed; what `on_epochs` raised.
     """
     configs = [configs] if isinstance(configs, SAEConfig) else list(configs)
+    if workdir is not None and not os.fspath(workdir):
+        raise InputError("workdir is empty; name a folder, or give None for none")
+    if not 0 <= checkpoint_seconds < float("inf"):
+        raise InputError(f"checkpoint_seconds={checkpoint_seconds} must be a number, at least 0")
     resident_bytes = _limit(train, resident_bytes)
     held_out = {"validation": validation, "test": test}
     rows, held_out = check(configs, train, held_out, epochs, data_seed, patience, resident_bytes)
@@ -296,10 +300,34 @@ def _limit(train: Any, resident_bytes: int | None) -> int | None:
     return resident_bytes
 
 
+def _checked(x: Any, name: str, d_in: int | None) -> np.ndarray | Rows:
+    """`data.check_rows`, which counts the rows of a file as the file does."""
+    read, positions = x, None
+    if isinstance(x, _Read):
+        read, positions = x.array, x.rows.positions
+    elif isinstance(x, Rows) and d_in is not None:
+        read, positions = np.asarray(x), x.positions
+    read = data.check_rows(read, name, d_in=d_in, positions=positions)
+    if isinstance(read, np.ndarray) and read.dtype == np.float64 and not jax.config.jax_enable_x64:
+        with np.errstate(
+            over="ignore"
+        ):  # it is float32 that trains; what it cannot hold is refused
+            data.check_rows(read.astype(np.float32), f"{name}, as float32,", positions=positions)
+    return read
+
+
+@dataclasses.dataclass(frozen=True)
+class _Read:
+    """Rows of a file, in memory."""
+
+    array: np.ndarray
+    rows: Rows
+
+
 def _resident_or_not(train: Any, resident_bytes: int | None) -> Any:
-    """An array of what may lie in memory, `Rows` of what may not."""
+    """What may lie in memory as it was read, `Rows` of what may not."""
     if isinstance(train, Rows):
-        return train if train.nbytes > resident_bytes else np.asarray(train)
+        return train if train.nbytes > resident_bytes else _Read(np.asarray(train), train)
     if resident_bytes is not None and np.asarray(train).nbytes > resident_bytes:
         return Rows(np.asarray(train), "train")
     return train
@@ -331,11 +359,13 @@ def check(
         integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
         if not (integer and low <= value <= MOST):
             raise InputError(f"{name}={value!r} must be an integer in {low} .. {MOST}")
-    rows = data.check_rows(train, "train")
+    rows = _checked(train, "train", None)
     given = {name: x for name, x in held_out.items() if x is not None}
     for name, x in given.items():
-        x = np.asarray(x) if isinstance(x, Rows) else x
-        given[name] = data.check_rows(x, name, d_in=rows.shape[1]).astype(rows.dtype, copy=False)
+        x = _checked(x, name, rows.shape[1])
+        if len(x) < 2:
+            raise InputError(f"{name} has one row; its variance is needed, so give two or more")
+        given[name] = x.astype(rows.dtype, copy=False)
     for config in configs:
         if config.d_in != rows.shape[1]:
             raise InputError(
@@ -344,6 +374,10 @@ def check(
         if config.batch_size > len(rows):
             raise InputError(
                 f"batch_size={config.batch_size} is more than the {len(rows)} rows of train"
+            )
+        if epochs * (len(rows) // config.batch_size) > MOST:
+            raise InputError(
+                f"epochs={epochs} of {len(rows) // config.batch_size} steps are more than {MOST}"
             )
         controlled = config.sparsity_control != "none" and config.activation != "jump_relu"
         if controlled and patience is not None:

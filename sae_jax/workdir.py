@@ -38,17 +38,26 @@ class Member:
     history: History
 
 
+SETTINGS = ("quickstart.json", "sweep.json", "train.json")  # of programs, that come first
+_locked: set[Path] = set()
+
+
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Nobody else fills the folder meanwhile; it ends with the process, however that ends.
+    """No other process fills the folder meanwhile; it ends with the process, however that ends.
 
-    Where the file system has no such locks, nothing is locked.
+    A process may lock a folder within itself again. Where the file system has no such locks,
+    nothing is locked.
 
     Raises:
       InputError: another process fills it, or it cannot be written.
     """
     check_writable(path)
     path.mkdir(parents=True, exist_ok=True)
+    key = path.resolve()
+    if key in _locked:
+        yield
+        return
     handle = os.open(path, os.O_RDONLY)
     try:
         try:
@@ -57,8 +66,10 @@ def locked(path: Path) -> Iterator[None]:
             raise InputError(f"{path} is being filled by another process; wait for it") from None
         except OSError:
             pass
+        _locked.add(key)
         yield
     finally:
+        _locked.discard(key)
         os.close(handle)
 
 
@@ -73,7 +84,6 @@ class Workdir:
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         self.path = path
         check_writable(path)
-        files.remove_leftovers(path)
         config_file = path / "configs.json"
         if config_file.exists():
             try:
@@ -85,16 +95,23 @@ class Workdir:
                     f"{path} holds a run of other settings:\n  {difference(found, settings)}\n"
                     "Give another folder, or the same settings to continue that run."
                 )
-        elif (path / "results.parquet").exists() or (path / "dictionaries").exists():
-            raise InputError(f"{path} holds results, but not the configs.json they belong to")
         else:
+            refuse_others(path)
             files.write_json(config_file, settings)
-        self.members = len(settings["configs"])
+        files.remove_leftovers(path, path / "dictionaries")
+        self.configs = settings["configs"]
 
     def finished(self) -> dict[int, Member]:
         """Members of an earlier call, by position."""
         members = read_members(self.path) if (self.path / "results.parquet").exists() else {}
-        for position in range(self.members):  # what a killed run left; it is trained again
+        for position, member in members.items():
+            asked = self.configs[position] if position < len(self.configs) else None
+            found = None if member.dictionary is None else member.dictionary.config.to_dict()
+            if {name: member.row.get(name) for name in ("seed", "n_latents")} != {
+                name: asked and asked[name] for name in ("seed", "n_latents")
+            } or (found is not None and found != asked):
+                raise InputError(f"{self.folder(position)} is not of configuration {position}")
+        for position in range(len(self.configs)):  # what a killed run left; it is trained again
             if position not in members and self.folder(position).exists():
                 shutil.rmtree(self.folder(position))
         return members
@@ -158,6 +175,18 @@ def read_members(path: Path) -> dict[int, Member]:
     }
 
 
+def refuse_others(path: Path) -> None:
+    """Raises InputError where a folder without configs.json holds what no program of ours began."""
+    there = path.iterdir() if path.is_dir() else ()
+    others = [p.name for p in there if p.name not in SETTINGS and not p.name.startswith(".")]
+    if others:
+        listed = ", ".join(sorted(others)[:5]) + (", ..." if len(others) > 5 else "")
+        raise InputError(
+            f"{path} holds other files ({listed}) and no configs.json of a run; choose an empty or "
+            "a new folder"
+        )
+
+
 def tables(members: dict[int, Member]) -> tuple["pd.DataFrame", "pd.DataFrame"]:
     """Results, one row a member, and history, one row per member and epoch."""
     import pandas as pd
@@ -178,7 +207,7 @@ def _read_parquet(path: Path) -> "pd.DataFrame":
     import pandas as pd
 
     try:
-        return pd.read_parquet(path)
+        return pd.read_parquet(path, page_checksum_verification=True)
     except (OSError, ValueError) as error:
         raise InputError(f"{path} is missing or damaged: {error}") from None
 

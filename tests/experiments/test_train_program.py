@@ -18,7 +18,7 @@ from absl.testing import flagsaver
 
 import sae_jax
 from experiments import configurations, sweep, train
-from sae_jax import InputError, SAEConfig
+from sae_jax import InputError, SAEConfig, files, workdir
 
 ROWS = np.random.default_rng(0).normal(size=(400, 4)).astype(np.float32)
 FLAGS = {"preset": "vanilla", "n_latents": "8", "l1_weight": "0.1", "batch_size": "32"}
@@ -233,3 +233,106 @@ def test_bad_rows_leave_nothing_and_overwrite_nothing(
     with pytest.raises(InputError, match="do not hold two batches"):
         run(resident_gib="0", overwrite="true")
     assert (out / "results.parquet").read_bytes() == before
+
+
+@pytest.mark.parametrize("program", [sweep, train], ids=["sweep", "train"])
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"checkpoint_seconds": "inf"}, "--checkpoint_seconds=inf must be a finite"),
+        ({"resident_gib": "nan"}, "--resident_gib=nan must be a finite"),
+        ({"validation": "nan"}, "--validation=nan must be a share"),
+        ({"epochs": "800000000"}, "are more than"),
+        ({"data": "rows.npy:foo"}, "leave out what follows"),
+    ],
+)
+def test_what_is_refused_leaves_an_earlier_run(
+    run: Callable[..., Path], program: Any, given: dict[str, str], message: str, tmp_path: Path
+) -> None:
+    out = run(program)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    if "data" in given:
+        given = {"data": str(tmp_path / given["data"])}
+    with pytest.raises(InputError, match=message):
+        run(program, overwrite="true", **given)
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+def test_a_run_in_progress_is_not_overwritten(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = run()
+    with workdir.locked(out):
+        monkeypatch.setattr(workdir, "_locked", set())
+        with pytest.raises(InputError, match="filled by another process"):
+            run(overwrite="true")
+    assert (out / "results.parquet").exists()
+
+
+def test_a_kill_while_overwriting_leaves_what_can_be_overwritten(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def remove(path: Path) -> None:
+        if path.name == "figures":
+            raise Killed
+        real(path)
+
+    out, real = run(), files.remove
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "remove", remove)
+        with pytest.raises(Killed):
+            run(overwrite="true")
+    assert not (out / "configs.json").exists()
+    run(overwrite="true")
+    assert (out / "results.parquet").exists()
+
+
+def test_links_are_unlinked_and_not_followed(run: Callable[..., Path], tmp_path: Path) -> None:
+    out = run()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/kept").touch()
+    (out / "tensorboard").symlink_to(tmp_path / "elsewhere")
+    run(overwrite="true")
+    assert (tmp_path / "elsewhere/kept").exists()
+    assert not (out / "tensorboard").exists()
+
+
+def test_shards_of_another_sweep_are_refused(run: Callable[..., Path]) -> None:
+    grid = {"n_latents": "8,16,24", "num_shards": "2"}
+    out = run(sweep, shard_index="0", **grid)
+    with pytest.raises(InputError, match="a sweep of another number of shards"):
+        run(sweep, shard_index="0", **{**grid, "num_shards": "3"})
+    with pytest.raises(InputError, match=r"is a shard of another sweep:\n  epochs: 3 there, 4"):
+        run(sweep, shard_index="1", epochs="4", **grid)
+    (out / ".writable.x").mkdir()  # the trial of one that starts now
+    run(sweep, shard_index="1", **grid)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("&a [*a]", "aliases"),
+        ("- {n_latents: 16, 3: 4}", "3 is no name of a field"),
+        ("presets: {vanilla: {3: 4}}", "3 is no name of a field"),
+        ("!!python/object/apply:os.system ['touch executed']", "cannot be read as YAML"),
+    ],
+)
+def test_strange_yaml(
+    run: Callable[..., Path], text: str, message: str, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.yaml").write_text(text)
+    none = dict.fromkeys(FLAGS)
+    with pytest.raises(InputError, match=message):
+        run(sweep, **none, config=str(tmp_path / "c.yaml"))
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_python_config_that_exits(run: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "c.py").write_text("import sys\nsys.exit(3)\n")
+    with pytest.raises(InputError, match="SystemExit: 3"):
+        run(sweep, **dict.fromkeys(FLAGS), config=str(tmp_path / "c.py"))

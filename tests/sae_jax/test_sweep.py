@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import safetensors.numpy
 from jax.sharding import AxisType, Mesh
@@ -525,8 +526,12 @@ def test_provenance_that_cannot_be_written_is_refused_first(
     assert not (tmp_path / "w").exists()
 
 
-def test_a_folder_that_another_process_fills_is_refused(run_folder: Path) -> None:
+def test_a_folder_that_another_process_fills_is_refused(
+    run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with workdir.locked(run_folder):
+        train(run_folder)  # the same process may
+        monkeypatch.setattr(workdir, "_locked", set())
         with pytest.raises(InputError, match="filled by another process"):
             train(run_folder)
         assert (run_folder / "results.parquet").exists()
@@ -590,3 +595,60 @@ def test_a_finished_run_is_loaded_whole(finished: Path, plain: Run) -> None:
     assert_equal_runs(found, plain)
     with pytest.raises(InputError, match="missing or damaged"):
         Run.load(finished / "dictionaries")
+
+
+def test_folders_of_others_are_refused_and_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints/1000").mkdir(parents=True)
+    (tmp_path / "notes/.writing-thesis").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"holds other files \(checkpoints, notes\)"):
+        train(tmp_path)
+    assert (tmp_path / "checkpoints/1000").is_dir()
+    assert (tmp_path / "notes/.writing-thesis").is_dir()
+    with pytest.raises(InputError, match="workdir is empty"):
+        train("")
+
+
+def test_rows_of_a_file_are_named_as_in_the_file(tmp_path: Path) -> None:
+    rows = ROWS.copy()
+    rows[[7, 31]] = np.nan
+    np.save(tmp_path / "rows.npy", rows)
+    opened = sae_jax.data.open_rows(str(tmp_path / "rows.npy"))
+    some = opened.take(np.arange(3, 50, 2))
+    for given in ({"train": some}, {"train": some, "resident_bytes": 600}, {"validation": some}):
+        with pytest.raises(InputError, match=r"in 2 of 24 rows \(rows 7, 31\)"):
+            train(**given)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"train": np.full((50, 4), 1e39)}, "train, as float32, holds 200"),
+        ({"validation": VALIDATION[:1]}, "validation has one row"),
+        ({"epochs": 2**31 - 1}, "epochs=2147483647 of 3 steps are more than"),
+        ({"checkpoint_seconds": float("nan")}, "checkpoint_seconds=nan"),
+    ],
+)
+def test_numbers_beyond_what_is_computed(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        train(**given)
+
+
+def test_swapped_dictionaries_are_found(run_folder: Path) -> None:
+    folder = run_folder / "dictionaries"
+    (folder / "0000").rename(folder / "aside")
+    (folder / "0004").rename(folder / "0000")
+    (folder / "aside").rename(folder / "0004")
+    with pytest.raises(InputError, match="0000 is not of configuration 0"):
+        train(run_folder)
+
+
+@pytest.mark.parametrize("name", ["results", "history"])
+def test_a_flipped_bit_in_a_table_is_found(run_folder: Path, name: str) -> None:
+    path = run_folder / f"{name}.parquet"
+    column = pq.ParquetFile(path).metadata.row_group(0).column(1)
+    content = bytearray(path.read_bytes())
+    start = column.data_page_offset
+    content[start + column.total_compressed_size - 3] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=f"{name}.parquet is missing or damaged"):
+        train(run_folder)
