@@ -19,8 +19,6 @@ configuration nor the feature, though most of them were among those that it was 
 their labels. The penalties are in units of embeddings scaled to a mean square of 1 (`scalar`).
 """
 
-import dataclasses
-import importlib.util
 import json
 import math
 import time
@@ -35,9 +33,10 @@ from absl import flags, logging
 from scipy import sparse
 
 import sae_jax
-from analysis import annotation, cells, features, gene_sets, nulls, plots
+from analysis import annotation, features, nulls, plots
 from experiments import cli, quickstart_page
-from extract import store
+from experiments import inputs as reading
+from experiments.inputs import Inputs
 from sae_jax import InputError, data, files, workdir
 
 FLAGS = flags.FLAGS
@@ -55,44 +54,11 @@ OUTPUTS = (
 )  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True)
-class Inputs:
-    """All that is read, and checked."""
-
-    settings: dict[str, Any]
-    obs: pd.DataFrame
-    expression: cells.Expression
-    embedding: np.ndarray
-    labels: pd.Series | None
-    sets: gene_sets.GeneSets
-
-
 def define_flags() -> None:
     """Defines the flags; `cli.launch` calls this."""
-    flags.DEFINE_string("h5ad", None, "AnnData file; default: the PBMC data that ship with scanpy.")
-    flags.DEFINE_string(
-        "embedding",
-        None,
-        "Key of obsm, or an extraction store (layer_02.zarr); default: PCA of the expression.",
-    )
+    reading.define_flags()
     flags.DEFINE_string(
         "sweep", None, "Folder of a finished `sae-jax sweep` to choose from, instead of training."
-    )
-    flags.DEFINE_integer("pca", 50, "Dimensions of that PCA.", lower_bound=1)
-    flags.DEFINE_string("expression", None, "X, raw, or the name of a layer (default X).")
-    flags.DEFINE_enum(
-        "expression_is", None, cells.EXPRESSION_KINDS, "What that holds; checked, never guessed."
-    )
-    flags.DEFINE_string("gene_symbols", None, "Column of var with symbols; default: the var names.")
-    flags.DEFINE_string("label", None, "Column of obs with labels of the cells, cell types say.")
-    flags.DEFINE_string(
-        "gene_sets", gene_sets.EMBEDDED, "GMT file, name of an online library, or 'embedded'."
-    )
-    flags.DEFINE_integer(
-        "min_size", None, "Smallest set in measured genes; 2 if embedded, else 20."
-    )
-    flags.DEFINE_integer(
-        "max_size", None, "Largest set in measured genes; 2000 if embedded, else 500."
     )
     flags.DEFINE_string("workdir", None, "Folder to fill.")
     flags.DEFINE_bool("overwrite", False, "Replace what an earlier run left in --workdir.")
@@ -119,7 +85,7 @@ def main() -> None:
     """Runs the program by its flags."""
     # 1. Refuse what is wrong before anything is written.
     out = check_workdir()
-    inputs = read_inputs()
+    inputs = reading.read("workdir")
     halves = label_halves(inputs)
     if FLAGS.sweep:
         run, train = read_sweep(inputs.embedding)
@@ -213,68 +179,6 @@ def check_workdir() -> Path:
                 f"{out} holds an earlier run: --overwrite replaces it, --resume continues it"
             )
     return out
-
-
-def read_inputs() -> Inputs:
-    """Everything the flags name, checked before any work."""
-    source, kind, label = FLAGS.expression or "X", FLAGS.expression_is, FLAGS.label
-    path = FLAGS.h5ad
-    if path is None:
-        path, label = default_cells(), label or "bulk_labels"
-        if FLAGS.expression is None:  # X is scaled there; raw holds all 765 genes as log1p
-            source, kind = "raw", "log1p"
-    if kind is None:
-        raise InputError(
-            f"--expression_is is needed: does {source} of {path} hold counts or log1p values?"
-        )
-    adata = cells.read(path)
-    labels = None if label is None else cells.labels(adata, label)
-    embedding = None
-    if FLAGS.embedding is not None and FLAGS.embedding.endswith(".zarr"):
-        embedding = stored_embedding(adata.obs_names)
-    elif FLAGS.embedding is not None:
-        embedding = cells.embedding(adata, FLAGS.embedding)
-    expression = cells.expression(adata, source, kind, FLAGS.gene_symbols)
-    embedded = FLAGS.gene_sets == gene_sets.EMBEDDED
-    sets = gene_sets.load(
-        FLAGS.gene_sets,
-        expression.genes,
-        (2 if embedded else 20) if FLAGS.min_size is None else FLAGS.min_size,
-        (2000 if embedded else 500) if FLAGS.max_size is None else FLAGS.max_size,
-    )
-    logging.info("%d cells, %d genes; %s", adata.n_obs, len(expression.genes), sets.coverage)
-    if embedding is None:
-        embedding = cells.pca(expression.x, FLAGS.pca)
-    ours = FLAGS.get_flags_for_module(FLAGS.find_module_defining_flag("h5ad"))
-    settings = {flag.name: flag.value for flag in ours}
-    settings |= {"h5ad": str(path), "expression": source, "expression_is": kind, "label": label}
-    return Inputs(
-        settings=settings, obs=adata.obs, expression=expression, embedding=embedding,
-        labels=labels, sets=sets,
-    )  # fmt: skip
-
-
-def stored_embedding(names: pd.Index) -> np.ndarray:
-    """Rows of an extraction store for the cells of these names, float32 [cells, dimensions]."""
-    found = store.open(FLAGS.embedding)
-    at = found.obs.index.get_indexer(names)
-    if (at < 0).any():
-        raise InputError(
-            f"{FLAGS.embedding} lacks {int((at < 0).sum())} of the {len(names)} cells "
-            f"({names[at < 0][0]} first)"
-        )
-    return data.check_rows(np.asarray(found.X[:], np.float32)[at], FLAGS.embedding)
-
-
-def default_cells() -> Path:
-    """The 700 PBMC that ship with scanpy (Zheng 2017, by way of 10x Genomics)."""
-    package = importlib.util.find_spec("scanpy")
-    if package is None:
-        raise InputError(
-            "without --h5ad the cells come from scanpy, which is not installed: "
-            "pip install 'sae-jax[single-cell]'"
-        )
-    return Path(package.origin).parent / "datasets" / "10x_pbmc68k_reduced.h5ad"
 
 
 def split_cells(count: int) -> tuple[np.ndarray, np.ndarray]:

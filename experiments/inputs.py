@@ -1,0 +1,123 @@
+"""Cells, an embedding of them, labels and gene sets out of flags: what the programs that name
+features read, checked before any work."""
+
+import dataclasses
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from absl import flags, logging
+
+from analysis import cells, gene_sets
+from extract import store
+from sae_jax import InputError, data
+
+FLAGS = flags.FLAGS
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """All that is read, and checked."""
+
+    settings: dict[str, Any]
+    obs: pd.DataFrame
+    expression: cells.Expression
+    embedding: np.ndarray
+    labels: pd.Series | None
+    sets: gene_sets.GeneSets
+
+
+def define_flags() -> None:
+    """Of the cells and the gene sets."""
+    flags.DEFINE_string("h5ad", None, "AnnData file; default: the PBMC data that ship with scanpy.")
+    flags.DEFINE_string(
+        "embedding",
+        None,
+        "Key of obsm, or an extraction store (layer_02.zarr); default: PCA of the expression.",
+    )
+    flags.DEFINE_integer("pca", 50, "Dimensions of that PCA.", lower_bound=1)
+    flags.DEFINE_string("expression", None, "X, raw, or the name of a layer (default X).")
+    flags.DEFINE_enum(
+        "expression_is", None, cells.EXPRESSION_KINDS, "What that holds; checked, never guessed."
+    )
+    flags.DEFINE_string("gene_symbols", None, "Column of var with symbols; default: the var names.")
+    flags.DEFINE_string("label", None, "Column of obs with labels of the cells, cell types say.")
+    flags.DEFINE_string(
+        "gene_sets", gene_sets.EMBEDDED, "GMT file, name of an online library, or 'embedded'."
+    )
+    flags.DEFINE_integer(
+        "min_size", None, "Smallest set in measured genes; 2 if embedded, else 20."
+    )
+    flags.DEFINE_integer(
+        "max_size", None, "Largest set in measured genes; 2000 if embedded, else 500."
+    )
+
+
+def read(beside: str) -> Inputs:
+    """Everything the flags name, checked before any work.
+
+    `beside` is a flag of the program's own: its settings are with those of the inputs.
+    """
+    source, kind, label = FLAGS.expression or "X", FLAGS.expression_is, FLAGS.label
+    path = FLAGS.h5ad
+    if path is None:
+        path, label = default_cells(), label or "bulk_labels"
+        if FLAGS.expression is None:  # X is scaled there; raw holds all 765 genes as log1p
+            source, kind = "raw", "log1p"
+    if kind is None:
+        raise InputError(
+            f"--expression_is is needed: does {source} of {path} hold counts or log1p values?"
+        )
+    adata = cells.read(path)
+    labels = None if label is None else cells.labels(adata, label)
+    embedding = None
+    if FLAGS.embedding is not None and FLAGS.embedding.endswith(".zarr"):
+        embedding = stored_embedding(adata.obs_names)
+    elif FLAGS.embedding is not None:
+        embedding = cells.embedding(adata, FLAGS.embedding)
+    expression = cells.expression(adata, source, kind, FLAGS.gene_symbols)
+    embedded = FLAGS.gene_sets == gene_sets.EMBEDDED
+    sets = gene_sets.load(
+        FLAGS.gene_sets,
+        expression.genes,
+        (2 if embedded else 20) if FLAGS.min_size is None else FLAGS.min_size,
+        (2000 if embedded else 500) if FLAGS.max_size is None else FLAGS.max_size,
+    )
+    logging.info("%d cells, %d genes; %s", adata.n_obs, len(expression.genes), sets.coverage)
+    if embedding is None:
+        embedding = cells.pca(expression.x, FLAGS.pca)
+    settings = {
+        flag.name: flag.value
+        for module in (FLAGS.find_module_defining_flag(name) for name in ("h5ad", beside))
+        for flag in FLAGS.get_flags_for_module(module)
+    }
+    settings |= {"h5ad": str(path), "expression": source, "expression_is": kind, "label": label}
+    return Inputs(
+        settings=settings, obs=adata.obs, expression=expression, embedding=embedding,
+        labels=labels, sets=sets,
+    )  # fmt: skip
+
+
+def stored_embedding(names: pd.Index) -> np.ndarray:
+    """Rows of an extraction store for the cells of these names, float32 [cells, dimensions]."""
+    found = store.open(FLAGS.embedding)
+    at = found.obs.index.get_indexer(names)
+    if (at < 0).any():
+        raise InputError(
+            f"{FLAGS.embedding} lacks {int((at < 0).sum())} of the {len(names)} cells "
+            f"({names[at < 0][0]} first)"
+        )
+    return data.check_rows(np.asarray(found.X[:], np.float32)[at], FLAGS.embedding)
+
+
+def default_cells() -> Path:
+    """The 700 PBMC that ship with scanpy (Zheng 2017, by way of 10x Genomics)."""
+    package = importlib.util.find_spec("scanpy")
+    if package is None:
+        raise InputError(
+            "without --h5ad the cells come from scanpy, which is not installed: "
+            "pip install 'sae-jax[single-cell]'"
+        )
+    return Path(package.origin).parent / "datasets" / "10x_pbmc68k_reduced.h5ad"
