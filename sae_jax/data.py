@@ -246,8 +246,8 @@ def _plain(node: Any) -> Any:
         return None
     value = np.asarray(node[()])
     if value.dtype.kind == "f":  # JSON has no NaN
-        value = np.where(np.isfinite(value), value.astype(object), None)
-    return (value if value.dtype.kind in "biufO" else _text(value)).tolist()
+        return np.where(np.isfinite(value), value.astype(object), None).tolist()
+    return (value if value.dtype.kind in "biu" else _text(value)).tolist()
 
 
 def _text(values: Any) -> np.ndarray:
