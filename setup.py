@@ -9,7 +9,7 @@ HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "sae_jax/__init__.py").read_text()).group(1)
 
 EXTRAS = {
-    "single-cell": ["scanpy>=1.10", "umap-learn>=0.5.6", "statsmodels>=0.14"],
+    "single-cell": ["scanpy>=1.10", "scikit-misc>=0.5", "statsmodels>=0.14", "umap-learn>=0.5.6"],
     "extract": ["torch>=2.4", "transformers>=4.44"],
     "tensorboard": ["tensorboardX>=2.6"],
     "browser": ["fastapi", "uvicorn", "jinja2", "plotly"],
@@ -53,7 +53,10 @@ setup(
         "h5py>=3.11",
         "jax>=0.10",
         "matplotlib>=3.9",
+        "networkx>=3",
+        "numba>=0.60",
         "numpy>=2.0",
+        "obonet>=1.1",
         "optax>=0.2.4",
         "orbax-checkpoint>=0.11",
         "pandas>=2.2",

@@ -1,7 +1,7 @@
 """Which genes differ between the cells where a feature is high and the cells where it is silent.
 
 Schuster A.3.4 (unpaired): Welch's t-test and the fold change of means, for every feature and gene
-at once. The groups are sparse masks, so all sums are sparse products in float64.
+at once. The groups are sparse masks; all sums are float64, over the non-zero entries alone.
 """
 
 from __future__ import annotations
@@ -13,12 +13,17 @@ from typing import NamedTuple
 import numpy as np
 from scipy import sparse, special
 
+from analysis import kernels
 from analysis.features import Matrix, as_columns, feature_of_entry
 from sae_jax.errors import InputError
 
 # exp(30) is a thousand times the largest library there is: values beyond it are not logarithms.
 LARGEST_LOG_VALUE = 30.0
 EPSILON = np.finfo(np.float64).eps
+
+
+# x, its square, exp(x) - 1, x != 0; of a sparse x the second and fourth are None.
+Moments = tuple[Matrix, Matrix | None, Matrix, Matrix | None]
 
 
 class Groups(NamedTuple):
@@ -37,6 +42,8 @@ class Welch:
         with fewer than two cells in a group: nothing can be tested, and nothing is dropped.
     log2_fold_change: log2 of the ratio of mean counts, pseudocount added [features, genes].
     mean_high, mean_low: means of the expression as given [features, genes]; NaN for no cells.
+    var_high, var_low: unbiased variances [features, genes].
+    detected_high, detected_low: share of the group's cells with any count [features, genes].
     n_high, n_low: cells in each group [features].
     """
 
@@ -46,8 +53,23 @@ class Welch:
     log2_fold_change: np.ndarray
     mean_high: np.ndarray
     mean_low: np.ndarray
+    var_high: np.ndarray
+    var_low: np.ndarray
+    detected_high: np.ndarray
+    detected_low: np.ndarray
     n_high: np.ndarray
     n_low: np.ndarray
+
+    @property
+    def cohens_d(self) -> np.ndarray:
+        """Difference of the means over the pooled standard deviation [features, genes]; NaN where
+        that is zero."""
+        n, m = self.n_high[:, None], self.n_low[:, None]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            pooled = ((n - 1) * self.var_high + (m - 1) * self.var_low) / (n + m - 2)
+            d = (self.mean_high - self.mean_low) / np.sqrt(pooled)
+        d[pooled == 0] = np.nan
+        return d
 
 
 def top_cells(activations: Matrix, percentile: float = 99.0) -> Groups:
@@ -205,12 +227,34 @@ class _Group(NamedTuple):
     n: np.ndarray  # cells [features, 1]
     x: np.ndarray  # sums [features, genes] of the expression,
     square: np.ndarray  # of its square,
-    count: np.ndarray  # and of exp(x) - 1
+    count: np.ndarray  # and of exp(x) - 1,
+    detected: np.ndarray  # and the number of cells with any
     rounding: np.ndarray  # what rounding can have added to a sum of squares [features, genes]
 
 
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """An expression matrix checked and made ready once, for features in any order or thread."""
+
+    moments: Moments
+    everything: _Group
+
+    @classmethod
+    def of(cls, expression: Matrix) -> Prepared:
+        """Raises InputError as `welch`."""
+        moments = _moments(expression)
+        n_cells = expression.shape[0]
+        everything = _group(sparse.csr_array(np.ones((1, n_cells), dtype=bool)), moments)
+        return cls(moments, everything)
+
+    def welch(self, groups: Groups, pseudocount: float = 1.0) -> Welch:
+        """The test of some features, whose groups were made by the functions of this module."""
+        high, active = _both(groups.high, groups.active, self.moments)
+        return _test(high, _rest(self.everything, active), pseudocount)
+
+
 def _blocks(
-    moments: list[Matrix],
+    moments: Moments,
     high: sparse.csr_array,
     other: sparse.csr_array,
     everything: _Group | None,
@@ -219,19 +263,54 @@ def _blocks(
 ) -> Iterator[Welch]:
     for begin in range(0, high.shape[0], block):
         rows = slice(begin, begin + block)
-        low = _group(other[rows], moments)
-        if everything is not None:
-            low = _rest(everything, low)
-        yield _test(_group(high[rows], moments), low, pseudocount)
+        if everything is None:
+            top, low = _group(high[rows], moments), _group(other[rows], moments)
+        else:
+            top, active = _both(high[rows], other[rows], moments)
+            low = _rest(everything, active)
+        yield _test(top, low, pseudocount)
 
 
-def _group(mask: sparse.csr_array, moments: list[Matrix]) -> _Group:
-    n = np.diff(mask.indptr)[:, None]
-    weights = mask.astype(np.float64)
-    products = [weights @ moment for moment in moments]
-    x, square, count = (m.toarray() if sparse.issparse(m) else m for m in products)
+def _group(mask: sparse.csr_array, moments: Moments) -> _Group:
+    """Sums over the cells of each feature's group."""
+    return _both(sparse.csr_array(mask.shape, dtype=bool), mask, moments)[1]
+
+
+def _both(
+    part: sparse.csr_array, mask: sparse.csr_array, moments: Moments
+) -> tuple[_Group, _Group]:
+    """Sums over the cells of `part`, which lie in `mask`, and over those of `mask`."""
+    features, (x, _, count, *_) = mask.shape[0], moments
+    inside = _inside(part, mask)
+    if sparse.issparse(x):
+        whole, smaller = np.zeros((2, features, 4, x.shape[1]))
+        kernels.group_sums(
+            mask.indptr, mask.indices, inside, x.indptr, x.indices, x.data, count.data, whole,
+            smaller,
+        )  # fmt: skip
+        sums = [[table[:, i] for i in range(4)] for table in (smaller, whole)]
+    else:
+        weights = [table.astype(np.float64) for table in (part, mask)]
+        sums = [[weight @ moment for moment in moments] for weight in weights]
     # n terms added one after another are off by at most n eps of their sum.
-    return _Group(n, x, square, count, rounding=n * EPSILON * square)
+    return tuple(
+        _Group(n, *four, rounding=n * EPSILON * four[1])
+        for n, four in zip(
+            (np.diff(part.indptr)[:, None], np.diff(mask.indptr)[:, None]), sums, strict=True
+        )
+    )
+
+
+def _inside(part: sparse.csr_array, mask: sparse.csr_array) -> np.ndarray:
+    """Which entries of `mask` are entries of `part`; cells rise within a feature in both."""
+
+    def keys(table: sparse.csr_array) -> np.ndarray:
+        feature = np.repeat(np.arange(table.shape[0], dtype=np.int64), np.diff(table.indptr))
+        return feature * table.shape[1] + table.indices
+
+    found = np.zeros(mask.nnz, dtype=bool)
+    found[np.searchsorted(keys(mask), keys(part))] = True
+    return found
 
 
 def _rest(everything: _Group, part: _Group) -> _Group:
@@ -245,6 +324,7 @@ def _rest(everything: _Group, part: _Group) -> _Group:
         x=everything.x - part.x,
         square=everything.square - part.square,
         count=everything.count - part.count,
+        detected=everything.detected - part.detected,
         rounding=everything.rounding,
     )
 
@@ -254,11 +334,13 @@ def _test(high: _Group, low: _Group, pseudocount: float) -> Welch:
     # A group without cells divides 0 by 0, and so does the variance of one cell: NaN is the answer.
     with np.errstate(divide="ignore", invalid="ignore"):
         mean_high, mean_low = high.x / high.n, low.x / low.n
-        share_high, share_low = _variance(high) / high.n, _variance(low) / low.n
+        var_high, var_low = _variance(high), _variance(low)
+        share_high, share_low = var_high / high.n, var_low / low.n
         squared_error = share_high + share_low
         t = (mean_high - mean_low) / np.sqrt(squared_error)
         t[squared_error == 0] = np.nan
         df = squared_error**2 / (share_high**2 / (high.n - 1) + share_low**2 / (low.n - 1))
+        detected_high, detected_low = high.detected / high.n, low.detected / low.n
         fold = (high.count / high.n + pseudocount) / (low.count / low.n + pseudocount)
     return Welch(
         t=t,
@@ -267,6 +349,10 @@ def _test(high: _Group, low: _Group, pseudocount: float) -> Welch:
         log2_fold_change=np.log2(fold),
         mean_high=mean_high,
         mean_low=mean_low,
+        var_high=var_high,
+        var_low=var_low,
+        detected_high=detected_high,
+        detected_low=detected_low,
         n_high=high.n[:, 0],
         n_low=low.n[:, 0],
     )
@@ -280,8 +366,12 @@ def _variance(group: _Group) -> np.ndarray:
     return deviation / (group.n - 1)
 
 
-def _moments(expression: Matrix) -> list[Matrix]:
-    """x, its square and its count exp(x) - 1, in float64 and in the format of the expression."""
+def _moments(expression: Matrix) -> Moments:
+    """x, its square, its count exp(x) - 1 and whether there is any, in the expression's format.
+
+    Of a sparse one the second and the fourth follow from x as it is read, and float32 stays: sums
+    are float64 all the same.
+    """
     if np.ndim(expression) != 2:
         raise InputError(
             f"expression has {np.ndim(expression)} dimensions: give a matrix of cells by genes."
@@ -289,16 +379,15 @@ def _moments(expression: Matrix) -> list[Matrix]:
     if not sparse.issparse(expression):
         x = np.asarray(expression, dtype=np.float64)
         _check_log_values(x)
-        return [x, x**2, np.expm1(x)]
-    x = sparse.csr_array(expression, dtype=np.float64)
-    if not x.has_canonical_format:
+        return x, x**2, np.expm1(x), (x != 0).astype(np.float64)
+    single = expression.dtype == np.float32
+    x = sparse.csr_array(expression, dtype=np.float32 if single else np.float64)
+    if not x.has_canonical_format or not x.data.all():
         x = x.copy()
         x.sum_duplicates()
+        x.eliminate_zeros()
     _check_log_values(x.data)
-    return [
-        sparse.csr_array((values, x.indices, x.indptr), shape=x.shape)
-        for values in (x.data, x.data**2, np.expm1(x.data))
-    ]
+    return x, None, sparse.csr_array((np.expm1(x.data), x.indices, x.indptr), shape=x.shape), None
 
 
 def _check_log_values(x: np.ndarray) -> None:

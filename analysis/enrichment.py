@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import sparse, special, stats
 
+from analysis import kernels
 from analysis.features import Matrix
 from sae_jax.errors import InputError
 
@@ -87,7 +88,8 @@ def mann_whitney(scores: ArrayLike, membership: Matrix, continuity: bool = True)
             " drop these genes from scores and membership, or give them a score on purpose."
         )
     n_genes = scores.shape[1]
-    ranks = stats.rankdata(scores, axis=1)
+    ranks = np.empty_like(scores)
+    spread = kernels.average_ranks(scores, np.argsort(scores, axis=1), ranks)
     n_in = membership.sum(axis=1)
     pairs = n_in * (n_genes - n_in)
     u = (membership @ ranks.T).T - n_in * (n_in + 1) / 2
@@ -95,8 +97,7 @@ def mann_whitney(scores: ArrayLike, membership: Matrix, continuity: bool = True)
 
     distance = u - pairs / 2
     excess = np.maximum(np.abs(distance) - (0.5 if continuity else 0.0), 0.0)
-    rank_variance = np.sum((ranks - (n_genes + 1) / 2) ** 2, axis=1, keepdims=True)
-    sd = np.sqrt(rank_variance * (pairs / (n_genes * max(n_genes - 1, 1))))
+    sd = np.sqrt(spread[:, None] * (pairs / (n_genes * max(n_genes - 1, 1))))
     z = np.where(pairs > 0, 0.0, u)  # 0 also where all scores are equal, so sd is 0
     np.divide(np.copysign(excess, distance), sd, out=z, where=sd > 0)
     return MannWhitney(
@@ -145,13 +146,86 @@ def hypergeometric(
     odds[expected == 0] = np.nan
     odds[(n_selected == n_genes) | (n_in == n_genes)] = np.nan
 
-    hits = hits.astype(np.int64)
-    sizes, size_of_term = np.unique(n_in.astype(np.int64), return_inverse=True)
-    p = np.empty_like(expected)
-    for feature, n in enumerate(n_selected[:, 0].astype(np.int64)):
-        tails = _hypergeometric_tails(n_genes, sizes, n, alternative)
-        p[feature] = tails[size_of_term, hits[feature]]
+    hits, sizes = hits.astype(np.int64), n_in.astype(np.int64)
+    n_selected, p = n_selected[:, 0].astype(np.int64), np.empty_like(expected)
+    if alternative == "greater":
+        kernels.hypergeometric_upper(hits, n_selected, sizes, n_genes, p)
+    else:  # at most k of the selected are in the term: at least n - k are among the others
+        others = n_selected[:, None] - hits
+        kernels.hypergeometric_upper(others, n_selected, n_genes - sizes, n_genes, p)
     return Hypergeometric(hits=hits, expected=expected, effect=effect, statistic=odds, p=p)
+
+
+@dataclass(frozen=True, eq=False)
+class Binomial:
+    """Overlap test with replacement; all [features, terms].
+
+    statistic, hits: selected genes in the term (int64), the same array.
+    expected: hits expected by chance.
+    effect: fold enrichment, hits / expected; NaN where none can be expected.
+    p: exact tail probability; two-sided: the sum over all numbers of hits that are not likelier.
+    """
+
+    hits: np.ndarray
+    expected: np.ndarray
+    effect: np.ndarray
+    p: np.ndarray
+
+    @property
+    def statistic(self) -> np.ndarray:
+        """The number of hits, as `scipy.stats.binomtest` calls it."""
+        return self.hits
+
+
+def binomial(selected: Matrix, membership: Matrix, alternative: str = "greater") -> Binomial:
+    """Binomial test of every term in every feature's selected genes (Schuster A.3.7).
+
+    Each of the n selected genes hits a term of K of the N genes with probability K / N. Genes are
+    drawn without replacement, so that `hypergeometric` is the exact test and this one, for large
+    shares, conservative.
+
+    Args:
+        selected: boolean [features, genes], dense or sparse.
+        membership: 0 or 1 [terms, genes], dense or sparse.
+        alternative: "greater" (more hits than by chance), "less" or "two-sided".
+
+    Returns:
+        The tests. If nothing is selected, p is 1. Equal to `scipy.stats.binomtest`.
+
+    Raises:
+        InputError: for another alternative, or if shapes or types do not fit.
+    """
+    if alternative not in ("greater", "less", "two-sided"):
+        raise InputError(f'alternative={alternative!r}: give "greater", "less" or "two-sided".')
+    selected, membership = _selection(selected, membership)
+    n_genes = selected.shape[1]
+    n = selected.sum(axis=1)[:, None]
+    share = np.broadcast_to(membership.sum(axis=1) / n_genes, (len(n), membership.shape[0]))
+    hits = (selected @ membership.T).toarray()
+    expected = n * share
+    effect = np.full_like(hits, np.nan)
+    np.divide(hits, expected, out=effect, where=expected > 0)
+    # P(X >= k) is an incomplete beta function, accurate to the last digits of small tails.
+    with np.errstate(invalid="ignore"):
+        if alternative == "greater":
+            p = np.where(hits > 0, special.betainc(hits, n - hits + 1, share), 1.0)
+        elif alternative == "less":
+            p = np.where(hits < n, special.betaincc(hits + 1, n - hits, share), 1.0)
+        else:
+            p = _two_sided(hits, np.broadcast_to(n, hits.shape), share)
+    return Binomial(hits=hits.astype(np.int64), expected=expected, effect=effect, p=p)
+
+
+def _two_sided(hits: np.ndarray, n: np.ndarray, share: np.ndarray) -> np.ndarray:
+    """Of the same distribution the same p: each triple (hits, n, share) is tested once."""
+    triples, where = np.unique(
+        np.stack([hits, n, share], axis=-1).reshape(-1, 3), axis=0, return_inverse=True
+    )
+    p = [
+        stats.binomtest(int(k), int(trials), rate).pvalue if trials else 1.0
+        for k, trials, rate in triples
+    ]
+    return np.asarray(p)[where].reshape(hits.shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -232,34 +306,6 @@ def _selection(selected: Matrix, membership: Matrix) -> tuple[sparse.csr_array, 
     return sparse.csr_array(selected).astype(np.float64), membership
 
 
-def _hypergeometric_tails(
-    n_genes: int, sizes: np.ndarray, n_selected: int, alternative: str
-) -> np.ndarray:
-    """Tail probabilities [sizes, hits] for every term size and every number of hits from 0.
-
-    The weights follow from one another, w(k + 1) / w(k) = (K - k)(n - k) / ((k + 1)(N - K - n + k
-    + 1)), and are divided by their sum: no factorials, so no loss of digits to large logarithms.
-    Many terms share a size, so one table serves all of a feature's terms.
-    """
-    k = np.arange(min(int(sizes.max()), n_selected))
-    size = sizes[:, None]
-    fewest = np.maximum(size + n_selected - n_genes, 0)
-    up = np.maximum(size - k, 0) * (n_selected - k)
-    down = (k + 1) * (n_genes - size - n_selected + k + 1)
-    possible = k >= fewest
-    with np.errstate(divide="ignore"):  # log 0 where a term has no more genes to hit
-        steps = np.log(np.divide(up, down, out=np.ones(up.shape), where=possible))
-    log_weight = np.zeros((sizes.size, k.size + 1))
-    np.cumsum(steps, axis=1, out=log_weight[:, 1:])
-    log_weight[np.arange(k.size + 1) < fewest] = -np.inf
-    weight = np.exp(log_weight - log_weight.max(axis=1, keepdims=True))
-    if alternative == "greater":
-        weight = weight[:, ::-1]
-    tail = np.cumsum(weight, axis=1)
-    tail /= tail[:, -1:]
-    return tail[:, ::-1] if alternative == "greater" else tail
-
-
 def benjamini_hochberg(p: ArrayLike, axis: int | None = -1) -> np.ndarray:
     """False discovery rates (q-values) by Benjamini and Hochberg.
 
@@ -287,6 +333,50 @@ def benjamini_hochberg(p: ArrayLike, axis: int | None = -1) -> np.ndarray:
     q = stats.false_discovery_control(filled, axis=axis).reshape(p.shape)
     q[missing] = np.nan
     return q
+
+
+def benjamini_hochberg_log(log_p: np.ndarray) -> np.ndarray:
+    """`benjamini_hochberg` over the last axis for -log10 p, giving -log10 q.
+
+    p-values that no double holds are told apart all the same. NaN stays NaN and counts as p = 1.
+    """
+    filled = np.nan_to_num(np.asarray(log_p, np.float64), nan=0.0)
+    order = np.argsort(-filled, axis=-1)
+    n = filled.shape[-1]
+    raised = np.take_along_axis(filled, order, -1) - np.log10(n / np.arange(1, n + 1))
+    smallest = np.maximum.accumulate(raised[..., ::-1], axis=-1)[..., ::-1]
+    found = np.empty_like(filled)
+    np.put_along_axis(found, order, np.maximum(smallest, 0.0), -1)
+    found[np.isnan(log_p)] = np.nan
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class LogQ:
+    """-log10 q as a function of -log10 p, over a table too large to sort twice."""
+
+    log_p: np.ndarray
+    log_q: np.ndarray
+
+    @classmethod
+    def over(cls, table: np.ndarray) -> LogQ:
+        """The correction over all values of a table; NaN counts as p = 1."""
+        values = np.sort(np.nan_to_num(table, nan=0.0).ravel())
+        # In rising order the value at position i has rank n - i among the p; q is the least of
+        # p n / rank over all ranks from its own on, so over all positions up to its own.
+        corrected = np.empty_like(values)
+        for start in range(0, len(values), 1 << 20):
+            part = values[start : start + (1 << 20)].astype(np.float64)
+            part += np.log10((len(values) - start - np.arange(len(part))) / len(values))
+            corrected[start : start + (1 << 20)] = part
+        np.maximum.accumulate(corrected, out=corrected)
+        return cls(values, np.maximum(corrected, 0))
+
+    def __call__(self, log_p: np.ndarray) -> np.ndarray:
+        """-log10 q of some of the table's values, float32 in their shape."""
+        filled = np.nan_to_num(log_p, nan=0.0)
+        found = self.log_q[np.searchsorted(self.log_p, filled, side="left")]
+        return np.where(np.isnan(log_p), np.nan, found).astype(np.float32)
 
 
 def _membership(membership: Matrix, name: str, table: Matrix) -> sparse.csr_array:

@@ -18,8 +18,10 @@ from sae_jax import InputError, distributed
 PROGRAMS = {
     "quickstart": "cells and an embedding in; named features, tables, figures and a report out",
     "train": "an embedding and one configuration in; a dictionary and its metrics out",
+    "lens": "a dictionary, cells and gene sets in; every feature annotated, with nulls, out",
     "sweep": "an embedding in; a dictionary per configuration, their metrics and frontier out",
 }
+MODULES = {"lens": "feature_lens"}  # whose names differ
 
 
 def main() -> None:
@@ -30,7 +32,7 @@ def main() -> None:
         print("usage: sae-jax PROGRAM [--flags]", *lines, sep="\n", file=sys.stderr)
         print("flags of a program: sae-jax PROGRAM --help", file=sys.stderr)
         sys.exit(0 if program in ("-h", "--help", "--helpfull") else 2)
-    module = importlib.import_module(f"experiments.{program}")
+    module = importlib.import_module(f"experiments.{MODULES.get(program, program)}")
     sys.modules["__main__"].__doc__ = module.__doc__  # what --help prints
     launch(module.main, module.define_flags, [f"sae-jax {program}", *sys.argv[2:]])
 

@@ -240,3 +240,22 @@ def test_strata_hold_neighbours_in_rank() -> None:
     for stratum in range(9):
         assert values[strata == stratum].max() < values[strata == stratum + 1].min()
     assert set(enrichment.strata_of_rank(np.arange(7), 100)) == {0}
+
+
+@given(hnp.arrays(bool, (2, 9)), MEMBERSHIP, st.sampled_from(["greater", "less", "two-sided"]))
+def test_binomial_equals_scipy(
+    selected: np.ndarray, membership: np.ndarray, alternative: str
+) -> None:
+    found = enrichment.binomial(selected, membership, alternative)
+    for feature, term in np.ndindex(found.p.shape):
+        n, share = selected[feature].sum(), membership[term].sum() / 9
+        hits = (selected[feature] & membership[term]).sum()
+        expected = stats.binomtest(int(hits), int(n), share, alternative).pvalue if n else 1.0
+        assert found.p[feature, term] == pytest.approx(expected, rel=1e-10, abs=1e-300)
+        assert found.hits[feature, term] == found.statistic[feature, term] == hits
+        assert found.expected[feature, term] == pytest.approx(n * share)
+
+
+def test_binomial_refuses_other_alternatives() -> None:
+    with pytest.raises(InputError, match="alternative='more'"):
+        enrichment.binomial(np.ones((1, 3), bool), np.ones((1, 3)), "more")

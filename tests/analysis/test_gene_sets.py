@@ -9,7 +9,7 @@ import requests
 from hypothesis import given
 from hypothesis import strategies as st
 
-from analysis import gene_sets
+from analysis import gene_names, gene_sets
 from sae_jax.errors import InputError
 
 GENES = ["CD3D", "CD3E", "CD8A", "MS4A1", "NKG7", "LYZ"]
@@ -206,6 +206,105 @@ def test_membership_is_set_membership(sets: dict[str, list[str]], genes: list[st
         assert {gene for gene, inside in zip(genes, row, strict=True) if inside} == expected[name]
 
 
+def test_genes_without_names_are_refused() -> None:
+    with pytest.raises(InputError, match="no names, only the numbers 0 to 5"):
+        gene_sets.from_sets({"T": ["1"]}, [str(i) for i in range(6)], 1)
+    with pytest.raises(InputError, match="gene 1 is ' '"):
+        gene_sets.from_sets({"T": ["CD3D"]}, ["CD3D", " "], 1)
+
+
+# CD3D has the synonym T3D, and P21 is one of both CD3E and MS4A1.
+TABLE = gene_names.GeneTable(
+    symbol={"915": "CD3D", "916": "CD3E", "931": "MS4A1"},
+    ensembl={"915": "ENSG00000167286"},
+    current={
+        **{"CD3D": ["915"], "CD3E": ["916"], "MS4A1": ["931"], "915": ["915"], "916": ["916"]},
+        **{"931": ["931"], "ENSG00000167286": ["915"], "ENSG00000198851": ["916"]},
+    },
+    synonyms={"T3D": ["915"], "CD20": ["931"], "P21": ["916", "931"]},
+)
+
+
+@pytest.mark.parametrize(
+    ("genes", "expected"),
+    [
+        (["CD3E", "CD3D", "MS4A1", "LYZ"], [1, 1, 0, 0]),
+        (["MS4A1", "ENSG00000198851.4", "T3D", "LYZ"], [0, 1, 1, 0]),
+        # One gene by two names: the current one, wherever it stands, or the first in the alphabet.
+        (["T3D", "CD3D", "CD3E"], [0, 1, 1]),
+        (["ENSG00000167286", "CD3D", "CD3E"], [0, 1, 1]),
+        # A name that several genes share is none of them.
+        (["CD3D", "P21"], [1, 0]),
+    ],
+)
+def test_through_a_gene_table_entrez_sets_fit_genes_of_any_name(
+    genes: list[str], expected: list[int]
+) -> None:
+    sets = {"T": ["915", "916", "100"], "small": ["931"]}
+    found = gene_sets.from_sets(sets, genes, 1, gene_table=TABLE)
+    np.testing.assert_array_equal(found.membership.toarray()[0], expected)
+    assert found.coverage.n_set_genes == 4
+    ours, theirs = found.coverage.notes
+    assert str(found.coverage).endswith(f"; {ours}; {theirs}")
+    assert theirs.startswith("the sets' genes: 3 of 4 names are current, 0 synonyms")
+
+
+def test_names_of_one_gene_count_once_and_unknown_ones_match_themselves() -> None:
+    sets = {"T": ["CD3D", "T3D", "915", "MYSTERY", "P21"]}
+    found = gene_sets.from_sets(sets, ["MYSTERY", "T3D", "P21"], 3, 3, gene_table=TABLE)
+    np.testing.assert_array_equal(found.membership.toarray(), [[1, 1, 1]])
+    assert (found.coverage.n_set_genes, found.coverage.n_found) == (3, 3)
+
+
+def test_no_match_through_a_gene_table_says_how_names_were_understood() -> None:
+    with pytest.raises(InputError, match=r"your genes: 0 of 1 .* 1 unknown \(Cd3d\)") as error:
+        gene_sets.from_sets({"T": ["915"]}, ["Cd3d"], 1, gene_table=TABLE)
+    assert "the sets' genes: 1 of 1 names are current" in str(error.value)
+    with pytest.raises(InputError, match="no gene's name looks like ensembl: CD3D"):
+        gene_sets.from_sets({"T": ["915"]}, ["CD3D"], 1, gene_table=TABLE, naming="ensembl")
+    with pytest.raises(InputError, match="'ensembl' needs a gene table"):
+        gene_sets.from_sets({"T": ["915"]}, ["CD3D"], 1, naming="ensembl")
+
+
+PANEL = ["CD3D", "T3E", *(f"GENE{i}" for i in range(98))]
+OBO = "ontology: x\n\n[Term]\nid: X:1\nname: all\n\n[Term]\nid: X:2\nname: T\nis_a: X:1\n"
+GAF = "U\tP1\tCD3D\t\tX:2\tR\tIDA\t\tP\t\t\tprotein\ttaxon:9606\t2020\tU\n"
+
+
+def test_load_takes_tables_closures_and_annotations(gmt: Callable[..., Path]) -> None:
+    net = gmt("source,target\nT,CD3D\nT,CD3D\nT,X\n", "net.csv")
+    tsv = gmt("tf\tgene\nT\tCD3D\n", "net.tsv")
+    edges = gmt("source_id,target_id,type,experimental\n915,X:1,direct,True\n", "edges.csv")
+    nodes = gmt("identifier,name\nX:1,all\n", "nodes.csv")
+    gaf, obo = gmt(GAF, "a.gaf"), gmt(OBO, "x.obo")
+    assert gene_sets.load(net, PANEL, 1).names == ["T"]
+    assert gene_sets.load(net, PANEL, 1).coverage.n_set_genes == 2
+    assert gene_sets.load(tsv, PANEL, 1, source="tf", target="gene").names == ["T"]
+    assert gene_sets.load(edges, PANEL, 1, nodes=nodes, gene_table=TABLE).names == ["all (X:1)"]
+    terms = gene_sets.load(gaf, PANEL, 1, obo=obo)
+    assert terms.names == ["all (X:1)", "T (X:2)"]
+    assert terms.descriptions == ["X:1", "X:2"]
+    for sets in (gene_sets.load(net, PANEL, 1), terms):
+        assert set(sets.membership.indices) == {0}
+
+
+def test_load_refuses_few_genes_and_options_that_do_not_apply(gmt: Callable[..., Path]) -> None:
+    net, path = gmt("source,target\nT,CD3D\n", "net.csv"), gmt("T\t\tCD3D\n")
+    with pytest.raises(InputError, match="there are 99 genes, fewer than 100"):
+        gene_sets.load(net, PANEL[:99], 1)
+    assert gene_sets.load(net, PANEL[:9], 1, min_universe=9).names == ["T"]
+    with pytest.raises(InputError, match="there are 6 genes, fewer than 100"):
+        gene_sets.load(path, GENES, 1, min_universe=gene_sets.MIN_UNIVERSE)
+    with pytest.raises(InputError, match=r"sets\.gmt takes no obo"):
+        gene_sets.load(path, GENES, 1, obo="x.obo")
+    with pytest.raises(InputError, match="give obo="):
+        gene_sets.load(gmt(GAF, "a.gaf"), PANEL, 1)
+    with pytest.raises(InputError, match=r"give annotations \(\.gaf\)"):
+        gene_sets.load(gmt(OBO, "x.obo"), PANEL, 1)
+    with pytest.raises(InputError, match="there is no gene set file"):
+        gene_sets.load("absent.csv", PANEL, 1)
+
+
 @needs_data
 def test_go_biological_process_restricted_to_the_golden_universe() -> None:
     anndata = pytest.importorskip("anndata")
@@ -217,3 +316,43 @@ def test_go_biological_process_restricted_to_the_golden_universe() -> None:
     assert len(whole.names) == 1492
     np.testing.assert_array_equal(whole.membership.indices, restricted.membership.indices)
     np.testing.assert_array_equal(whole.membership.indptr, restricted.membership.indptr)
+
+
+def test_the_closure_fits_symbols_and_ensembl_ids_alike(data_folder: Path) -> None:
+    anndata = pytest.importorskip("anndata")
+    data = data_folder / "data"
+    var = anndata.read_h5ad(data / "counts/zheng_facs_pbmc_3774x16791.h5ad", backed="r").var
+    var = var.drop_duplicates("symbol")
+    table = gene_names.read(data / "genes/Homo_sapiens.gene_info.gz")
+    edges = data / "genesets/actiobio_edge_Gene_enables_MolecularFunction.csv.gz"
+    nodes = data / "genesets/actiobio_node_MolecularFunction.csv.gz"
+    by_symbol = gene_sets.load(edges, list(var["symbol"]), gene_table=table, nodes=nodes)
+    by_id = gene_sets.load(edges, list(var.index), gene_table=table, nodes=nodes, naming="ensembl")
+    both = [name for name in by_symbol.names if name in set(by_id.names)]
+    assert len(both) > 0.98 * len(by_symbol.names) > 500
+    rows = [
+        sets.membership[[sets.names.index(name) for name in both]].toarray() > 0
+        for sets in (by_symbol, by_id)
+    ]
+    assert (rows[0] & rows[1]).sum() / (rows[0] | rows[1]).sum() > 0.98
+    cytokine = by_symbol.names.index("cytokine activity (GO:0005125)")
+    members = set(var["symbol"].iloc[by_symbol.membership[[cytokine]].indices])
+    assert members > {"IL1B", "TNF", "IFNG", "CCL5"}
+
+
+def test_enrichrs_symbols_are_the_genes_of_the_closure(data_folder: Path) -> None:
+    data = data_folder / "data"
+    table = gene_names.read(data / "genes/Homo_sapiens.gene_info.gz")
+    edges = data / "genesets/actiobio_edge_Gene_involvedIn_BiologicalProcess.csv.gz"
+    universe = sorted(table.symbol)
+    closure = gene_sets.load(edges, universe, 1, 20_000, gene_table=table)
+    row = {name: i for i, name in enumerate(closure.names)}
+    enrichr = gene_sets.load(
+        data / "genesets/GO_Biological_Process_2021.gmt", universe, 20, 500, gene_table=table
+    )
+    shared = [(i, row[n[-11:-1]]) for i, n in enumerate(enrichr.names) if n[-11:-1] in row]
+    theirs, ours = (sets.membership[list(rows)].astype(bool) for sets, rows in
+                    zip((enrichr, closure), zip(*shared, strict=True), strict=True))  # fmt: skip
+    share = theirs.multiply(ours).sum(1) / theirs.sum(1)
+    assert len(shared) > 1800
+    assert np.median(share) > 0.9

@@ -1,0 +1,383 @@
+"""A whole dictionary annotated: every feature against every gene and every gene set.
+
+Schuster's section 5 as arithmetic. Features go through in blocks, in threads; of the genes only the
+best of each feature are kept, of the terms every test as -log10 p in float32, in memory or, beyond
+a limit, in files. Calibrated q names features (see `calibration`).
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from scipy import sparse, special
+from tqdm import tqdm
+
+from analysis import calibration, differential, enrichment
+from analysis.cells import Expression
+from analysis.gene_sets import GeneSets
+from sae_jax import files
+from sae_jax.errors import InputError
+
+TESTS = ("calibrated", "mann_whitney", "fisher", "binomial", "matched")
+DIRECTIONS = ("up", "down", "both")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Which cells are high, which genes are relevant, when a term names a feature.
+
+    percentile: of all cells; a cell above it is high (Schuster: 99).
+    cells: a feature with fewer high or silent cells is not named.
+    gene_q, fold_change, fallback_p: relevant are genes of Benjamini-Hochberg q below the first and
+      a fold change of mean counts of at least the second; where there are none, those of p below
+      the third (Schuster A.3.7's two stages; None: no second stage).
+    direction: of relevant genes: "up", "down", or "both".
+    pseudocount: added to the mean counts (per ten thousand) of both groups.
+    term_q: a term names a feature at calibrated q, over the feature's terms, below it.
+    """
+
+    percentile: float = 99.0
+    cells: int = 10
+    gene_q: float = 1e-5
+    fold_change: float = 2.0
+    fallback_p: float | None = 0.05
+    direction: str = "both"
+    pseudocount: float = 1.0
+    term_q: float = 0.05
+
+
+@dataclass(eq=False)
+class Lens:
+    """What is known of every feature; tables are [features, terms], float32.
+
+    log_p: -log10 p of each test in `TESTS` that was made.
+    auc: Mann-Whitney's effect, U / (n1 n2); z: its deviate; fold: hits over expected hits.
+    hits: relevant genes in the term, int32.
+    n_high, n_low, n_relevant: cells, cells, genes of each feature.
+    top: one row per feature and kept gene: feature, gene, t, log2_fold_change, cohens_d,
+      detected_high, detected_low, log10_p, q.
+    """
+
+    terms: list[str]
+    sizes: np.ndarray
+    rule: Rule
+    log_p: dict[str, np.ndarray]
+    auc: np.ndarray
+    z: np.ndarray
+    fold: np.ndarray
+    hits: np.ndarray
+    n_high: np.ndarray
+    n_low: np.ndarray
+    n_relevant: np.ndarray
+    top: pd.DataFrame
+    _folder: Any = field(default=None, repr=False)  # deletes the files of large tables
+
+    def testable(self) -> np.ndarray:
+        """[features]: whether there are cells enough on both sides to name a feature."""
+        return (self.n_high >= self.rule.cells) & (self.n_low >= self.rule.cells)
+
+    def log_q(self, test: str, rows: slice = slice(None)) -> np.ndarray:
+        """-log10 q over the terms of each feature, of some features."""
+        return enrichment.benjamini_hochberg_log(self.log_p[test][rows])
+
+    def named(self, test: str = "calibrated") -> np.ndarray:
+        """[features, terms] bool: q below the rule's, of features with cells enough."""
+        found = np.zeros(self.auc.shape, bool)
+        for rows in _slices(len(found), 256):
+            found[rows] = self.log_q(test, rows) > -np.log10(self.rule.term_q)
+        return found & self.testable()[:, None]
+
+    def share_named(self, test: str = "calibrated") -> float:
+        """Share of the testable features that a term names; NaN if none is testable."""
+        testable = self.testable()
+        if not testable.any():
+            return float("nan")
+        return float(self.named(test).any(axis=1).sum() / testable.sum())
+
+    def paper_annotated(self) -> np.ndarray:
+        """[features] bool, the published rule: any term of binomial or Mann-Whitney p below .01."""
+        most = np.fmax(self.log_p["binomial"].max(axis=1), self.log_p["mann_whitney"].max(axis=1))
+        return (most > 2) & (self.n_high > 0)
+
+    def best(self, most: int = 10, test: str = "calibrated") -> pd.DataFrame:
+        """The smallest p of each feature, one row per feature and term: feature, rank, term, size,
+        hits, auc, z, and -log10 of p and q of the test."""
+        rows = []
+        for part in _slices(len(self.auc), 256):
+            p, q = self.log_p[test][part], self.log_q(test, part)
+            order = np.argsort(-np.nan_to_num(p, nan=-1), axis=1, kind="stable")[:, :most]
+            feature = np.repeat(np.arange(part.start, part.start + len(p)), order.shape[1])
+            at = (feature - part.start, order.ravel())
+            rows.append(
+                pd.DataFrame(
+                    {
+                        "feature": feature,
+                        "rank": np.tile(np.arange(order.shape[1]), len(p)),
+                        "term": np.asarray(self.terms, object)[order.ravel()],
+                        "size": self.sizes[order.ravel()],
+                        "hits": self.hits[part][at],
+                        "auc": self.auc[part][at],
+                        "z": self.z[part][at],
+                        "log10_p": p[at],
+                        "log10_q": q[at],
+                    }
+                )
+            )
+        return pd.concat(rows, ignore_index=True)
+
+
+def annotate(
+    z: sparse.csr_matrix,
+    expression: Expression,
+    sets: GeneSets,
+    rule: Rule | None = None,
+    *,
+    null_features: int = 300,
+    bins: int = 6,
+    seed: int = 0,
+    matched: bool = True,
+    top_genes: int = 50,
+    block: int = 64,
+    workers: int | None = None,
+    memory_bytes: int = 4 << 30,
+    progress: bool = True,
+    known: calibration.Calibration | None = None,
+) -> tuple[Lens, calibration.Calibration | None]:
+    """Test every feature of z [cells, features] against every gene and every gene set.
+
+    Args:
+      expression: of the same cells, in the same order.
+      sets: over the genes of `expression`, in the same order.
+      null_features: permuted features for each of `bins` group sizes; 0: no calibration.
+      seed: of the permutations.
+      matched: whether to make the test within strata of like expression.
+      top_genes: genes of a feature that are kept, those of the largest |t|.
+      block: features at once in each of `workers` threads (default: the cores).
+      memory_bytes: tables beyond it are kept in files of the temporary folder.
+      known: a calibration made before, instead of a new one.
+
+    Returns:
+      The annotation, and the calibration used.
+
+    Raises:
+      InputError: shapes that do not fit, fewer than 100 genes, no feature with high cells.
+    """
+    rule = rule or Rule()
+    _check(z, expression, sets, rule)
+    prepared = differential.Prepared.of(expression.x)
+    groups = differential.top_cells(z, rule.percentile)
+    n_features, n_terms = z.shape[1], len(sets.names)
+    if not groups.high.nnz:
+        raise InputError("no feature has a high cell: is the dictionary dead on these cells?")
+    strata = enrichment.strata_of_rank(np.asarray(expression.x.mean(axis=0)).ravel())
+    made = {"calibrated": bool(null_features) or known is not None, "matched": matched}
+    tests = [test for test in TESTS if made.get(test, True)]
+    tables = _Tables(n_features, n_terms, len(tests), memory_bytes)
+    log_p = {test: tables.new() for test in tests}
+    auc, deviate, fold, hits = tables.new(), tables.new(), tables.new(), tables.new(np.int32)
+    n_high, n_low, n_relevant = np.zeros((3, n_features), np.int64)
+    tops: list[pd.DataFrame | None] = [None] * -(-n_features // block)
+
+    def test(rows: slice) -> None:
+        part = differential.Groups(groups.high[rows], groups.active[rows])
+        welch = prepared.welch(part, rule.pseudocount)
+        gene_q = enrichment.benjamini_hochberg(welch.p, axis=1)
+        chosen = relevant(welch, gene_q, rule)
+        ranked = enrichment.mann_whitney(_scores(welch), sets.membership)
+        fisher = enrichment.hypergeometric(chosen, sets.membership)
+        log_p["mann_whitney"][rows] = two_sided(ranked.z)
+        log_p["fisher"][rows] = _log(fisher.p)
+        log_p["binomial"][rows] = _log(enrichment.binomial(chosen, sets.membership).p)
+        if matched:
+            overlap = enrichment.matched_overlap(chosen, sets.membership, strata)
+            log_p["matched"][rows] = _log(overlap.p)
+        auc[rows], deviate[rows], fold[rows] = ranked.effect, ranked.z, fisher.effect
+        hits[rows] = fisher.hits
+        n_high[rows], n_low[rows] = welch.n_high, welch.n_low
+        n_relevant[rows] = chosen.sum(axis=1)
+        tops[rows.start // block] = _top(welch, gene_q, expression.genes, rows.start, top_genes)
+
+    def rank_z(activations: sparse.csr_matrix) -> np.ndarray:
+        part = differential.top_cells(activations, rule.percentile)
+        welch = prepared.welch(part, rule.pseudocount)
+        return enrichment.mann_whitney(_scores(welch), sets.membership).z
+
+    workers = workers or len(os.sched_getaffinity(0))
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        bar = tqdm(total=n_features, unit=" features", disable=not progress, desc="features")
+        for _ in _in_order(pool, test, _slices(n_features, block), workers):
+            bar.update(min(block, n_features - bar.n))
+        bar.close()
+        if known is None and null_features:
+            known = calibration.calibrate(
+                z, n_high, rank_z, bins=bins, per_bin=null_features, block=block, seed=seed,
+                run=lambda work, some: tqdm(
+                    _in_order(pool, work, some, workers), desc="permuted", unit=" blocks",
+                    disable=not progress,
+                ),
+            )  # fmt: skip
+    if known is not None:
+        for rows in _slices(n_features, 256):
+            log_p["calibrated"][rows] = known.log_p(deviate[rows].astype(np.float64), n_high[rows])
+    lens = Lens(
+        terms=list(sets.names), sizes=np.asarray(sets.membership.sum(axis=1), int).ravel(),
+        rule=rule, log_p=log_p, auc=auc, z=deviate, fold=fold, hits=hits, n_high=n_high,
+        n_low=n_low, n_relevant=n_relevant, top=pd.concat(tops, ignore_index=True),
+        _folder=tables.folder,
+    )  # fmt: skip
+    return lens, known
+
+
+def relevant(welch: differential.Welch, gene_q: np.ndarray, rule: Rule) -> np.ndarray:
+    """Genes that overlap tests are made with, bool [features, genes]; see `Rule`."""
+    change = np.log2(rule.fold_change)
+    up, down = welch.log2_fold_change >= change, welch.log2_fold_change <= -change
+    sign = {"up": welch.t > 0, "down": welch.t < 0, "both": welch.t != 0}[rule.direction]
+    side = {"up": up, "down": down, "both": up | down}[rule.direction]
+    chosen = (gene_q < rule.gene_q) & side & sign
+    if rule.fallback_p is not None:
+        none = ~chosen.any(axis=1)
+        chosen[none] = ((welch.p < rule.fallback_p) & sign)[none]
+    return chosen
+
+
+def two_sided(z: np.ndarray) -> np.ndarray:
+    """-log10 of the two-sided p of normal deviates, also where p underflows."""
+    return -(special.log_ndtr(-np.abs(z)) + np.log(2)) / np.log(10)
+
+
+def write(lens: Lens, names: np.ndarray, path: str | Path, block: int = 64) -> None:
+    """The long table as parquet, one row per feature and term, a block of features at a time.
+
+    Columns: feature, term, size, hits, fold, auc, z, and for each test log10_p_<test>,
+    log10_q_<test> (over the feature's terms), log10_q_all_<test> (over the whole table); all of
+    them -log10.
+    """
+    everywhere = {test: enrichment.LogQ.over(table) for test, table in lens.log_p.items()}
+    names, terms = pa.array(list(names)), pa.array(lens.terms)
+    writer = None
+    with files.write_aside(path) as fresh:
+        for rows in _slices(len(lens.auc), block):
+            count, n_terms = lens.auc[rows].shape
+            feature = np.repeat(np.arange(rows.start, rows.start + count, dtype=np.int32), n_terms)
+            term = np.tile(np.arange(n_terms, dtype=np.int32), count)
+            columns: dict[str, Any] = {
+                "feature": pa.DictionaryArray.from_arrays(pa.array(feature), names),
+                "term": pa.DictionaryArray.from_arrays(pa.array(term), terms),
+                "size": lens.sizes[term].astype(np.int32),
+            }
+            for name in ("hits", "fold", "auc", "z"):
+                columns[name] = getattr(lens, name)[rows].ravel()
+            for test, table in lens.log_p.items():
+                columns[f"log10_p_{test}"] = table[rows].ravel()
+                columns[f"log10_q_{test}"] = lens.log_q(test, rows).astype(np.float32).ravel()
+                columns[f"log10_q_all_{test}"] = everywhere[test](table[rows]).ravel()
+            table = pa.table(columns)
+            if writer is None:
+                writer = pq.ParquetWriter(
+                    fresh, table.schema, write_page_checksum=True, compression="zstd",
+                    use_dictionary=["feature", "term"],
+                )  # fmt: skip
+            writer.write_table(table)
+        if writer is not None:
+            writer.close()
+
+
+def _scores(welch: differential.Welch) -> np.ndarray:
+    """Rounded, or equal statistics that differ in their last bits would be ranked by noise."""
+    return np.nan_to_num(np.round(welch.t, 9), nan=0.0)
+
+
+def _log(p: np.ndarray) -> np.ndarray:
+    with np.errstate(divide="ignore"):
+        return -np.log10(np.maximum(p, 1e-320))
+
+
+def _top(
+    welch: differential.Welch, gene_q: np.ndarray, genes: np.ndarray, first: int, most: int
+) -> pd.DataFrame:
+    size = np.nan_to_num(np.abs(welch.t), nan=-1)
+    most = min(most, size.shape[1])
+    some = np.argpartition(-size, most - 1, axis=1)[:, :most]
+    inner = np.argsort(-np.take_along_axis(size, some, 1), axis=1, kind="stable")
+    chosen = np.take_along_axis(some, inner, 1)
+
+    def of(table: np.ndarray) -> np.ndarray:
+        return np.take_along_axis(table, chosen, 1).ravel()
+
+    found = pd.DataFrame(
+        {
+            "feature": np.repeat(np.arange(first, first + len(chosen)), most),
+            "gene": np.asarray(genes)[chosen.ravel()],
+            "t": of(welch.t),
+            "log2_fold_change": of(welch.log2_fold_change),
+            "cohens_d": of(welch.cohens_d),
+            "detected_high": of(welch.detected_high),
+            "detected_low": of(welch.detected_low),
+            "log10_p": _log(of(welch.p)),
+            "q": of(gene_q),
+        }
+    )
+    return found[found["t"].notna()]
+
+
+class _Tables:
+    """Arrays [features, terms], in memory or in files that go when the last user does."""
+
+    def __init__(self, features: int, terms: int, tests: int, memory_bytes: int) -> None:
+        self.shape, self.count, self.folder = (features, terms), 0, None
+        if features * terms * 4 * (tests + 4) > memory_bytes:
+            self.folder = tempfile.TemporaryDirectory(prefix="sae-jax-lens-")
+
+    def new(self, dtype: type = np.float32) -> np.ndarray:
+        if self.folder is None:
+            return np.full(self.shape, 0, dtype)
+        self.count += 1
+        path = Path(self.folder.name) / str(self.count)
+        return np.memmap(path, dtype, "w+", shape=self.shape)
+
+
+def _slices(length: int, size: int) -> Iterator[slice]:
+    for start in range(0, length, size):
+        yield slice(start, min(start + size, length))
+
+
+def _in_order(
+    pool: concurrent.futures.Executor,
+    work: Callable[[Any], Any],
+    items: Iterable[Any],
+    ahead: int,
+) -> Iterator[Any]:
+    """`map` in threads that takes no more than a few items ahead of what it has given."""
+    waiting: list[concurrent.futures.Future] = []
+    for item in items:
+        waiting.append(pool.submit(work, item))
+        if len(waiting) > ahead:
+            yield waiting.pop(0).result()
+    for future in waiting:
+        yield future.result()
+
+
+def _check(z: Any, expression: Expression, sets: GeneSets, rule: Rule) -> None:
+    if z.shape[0] != expression.x.shape[0]:
+        raise InputError(
+            f"activations are of {z.shape[0]} cells, the expression of {expression.x.shape[0]}"
+        )
+    if sets.membership.shape[1] != expression.x.shape[1]:
+        raise InputError("the gene sets are over other genes than the expression's")
+    if expression.x.shape[1] < 100:
+        raise InputError(
+            f"{expression.x.shape[1]} genes are no universe to test sets in; give 100 or more"
+        )
+    if rule.direction not in DIRECTIONS:
+        raise InputError(f"direction={rule.direction!r} must be one of {', '.join(DIRECTIONS)}")

@@ -1,0 +1,218 @@
+"""A whole dictionary at once equals its parts, and names nothing where there is nothing."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import sparse, stats
+
+from analysis import calibration, cells, differential, enrichment, gene_sets, lens
+from analysis.cells import Expression
+from analysis.gene_sets import GeneSets
+from analysis.lens import Rule
+from sae_jax.errors import InputError
+
+CELLS, GENES, FEATURES = 600, 400, 11
+TERMS = 20
+RULE = Rule(percentile=90, gene_q=0.01, fold_change=1.2)
+
+
+@pytest.fixture(scope="module")
+def expression() -> Expression:
+    """Two weak programs of twenty genes, each on in a sixth of the cells."""
+    rng = np.random.default_rng(1)
+    rate = np.full((CELLS, GENES), 0.5)
+    rate[:100, :20] = rate[100:200, 20:40] = 1.2
+    x = np.log1p(rng.poisson(rate)).astype(np.float32)
+    return Expression(sparse.csr_matrix(x), np.asarray([f"G{g}" for g in range(GENES)]))
+
+
+@pytest.fixture(scope="module")
+def sets(expression: Expression) -> GeneSets:
+    named = {f"set {i}": [f"G{g}" for g in range(20 * i, 20 * i + 20)] for i in range(TERMS)}
+    return gene_sets.from_sets(named, expression.genes, 2, 100)
+
+
+@pytest.fixture(scope="module")
+def z() -> sparse.csr_matrix:
+    """Features 0 and 1 follow the programs, 2 is dead, the others are noise."""
+    rng = np.random.default_rng(2)
+    z = rng.uniform(1, 2, (CELLS, FEATURES)) * (rng.random((CELLS, FEATURES)) < 0.2)
+    z[:, :3] = 0
+    z[:100, 0], z[100:200, 1] = rng.uniform(1, 2, (2, 100))
+    return sparse.csr_matrix(z.astype(np.float32))
+
+
+@pytest.fixture(scope="module")
+def made(
+    z: sparse.csr_matrix, expression: Expression, sets: GeneSets
+) -> tuple[lens.Lens, calibration.Calibration]:
+    return lens.annotate(z, expression, sets, RULE, null_features=60, bins=2, progress=False)
+
+
+def test_every_table_equals_the_tests_made_one_by_one(
+    made: tuple[lens.Lens, calibration.Calibration],
+    z: sparse.csr_matrix, expression: Expression, sets: GeneSets,
+) -> None:  # fmt: skip
+    found, known = made
+    groups = differential.top_cells(z, RULE.percentile)
+    welch = differential.welch(expression.x, groups.high, active=groups.active)
+    gene_q = enrichment.benjamini_hochberg(welch.p, axis=1)
+    chosen = lens.relevant(welch, gene_q, RULE)
+    scores = np.nan_to_num(np.round(welch.t, 9))
+    ranked = enrichment.mann_whitney(scores, sets.membership)
+    fisher = enrichment.hypergeometric(chosen, sets.membership)
+    binomial = enrichment.binomial(chosen, sets.membership)
+    close = {"rtol": 2e-6, "atol": 1e-7}
+    np.testing.assert_allclose(found.auc, ranked.effect, **close)
+    np.testing.assert_allclose(found.z, ranked.z, **close)
+    np.testing.assert_array_equal(found.hits, fisher.hits)
+    np.testing.assert_array_equal(found.n_relevant, chosen.sum(axis=1))
+    for test, p in (("mann_whitney", ranked.p), ("fisher", fisher.p), ("binomial", binomial.p)):
+        np.testing.assert_allclose(found.log_p[test], -np.log10(p), **close)
+    deviates = known.deviates(ranked.z, welch.n_high)
+    expected = -np.log10(2 * stats.t.sf(np.abs(deviates), 59))
+    np.testing.assert_allclose(found.log_p["calibrated"], expected, rtol=1e-5, atol=1e-5)
+    for feature, rows in found.top.groupby("feature"):
+        best = np.argsort(-np.nan_to_num(np.abs(welch.t[feature]), nan=-1))[: len(rows)]
+        assert set(rows["gene"]) == set(expression.genes[best])
+        gene = np.flatnonzero(expression.genes == rows["gene"].iloc[0])[0]
+        assert rows["t"].iloc[0] == pytest.approx(welch.t[feature, gene])
+        assert rows["q"].iloc[0] == pytest.approx(gene_q[feature, gene])
+
+
+def test_the_features_with_a_program_are_named(
+    made: tuple[lens.Lens, calibration.Calibration],
+) -> None:
+    found, _ = made
+    named = found.named()
+    up = named & (found.z > 0)  # the other program is lower there, and named for that
+    assert np.flatnonzero(up[0]).tolist() == [0]
+    assert np.flatnonzero(up[1]).tolist() == [1]
+    assert not named[2:].any()
+    best = found.best(2)
+    assert best.query("feature == 1")["term"].iloc[0] == "set 1"
+
+
+@pytest.mark.parametrize(
+    "options", [{"block": 3}, {"workers": 1}, {"workers": 3, "block": 2}, {"memory_bytes": 0}]
+)
+def test_blocks_threads_and_files_change_nothing(
+    made: tuple[lens.Lens, calibration.Calibration],
+    z: sparse.csr_matrix, expression: Expression, sets: GeneSets, options: dict[str, int],
+) -> None:  # fmt: skip
+    found, known = made
+    again, _ = lens.annotate(
+        z, expression, sets, RULE, null_features=0, known=known, progress=False, **options
+    )
+    for test, table in found.log_p.items():
+        np.testing.assert_array_equal(again.log_p[test], table)
+    pd.testing.assert_frame_equal(again.top, found.top)
+    assert isinstance(again.auc, np.memmap) == ("memory_bytes" in options)
+
+
+def test_a_calibration_depends_on_the_seed_alone(
+    made: tuple[lens.Lens, calibration.Calibration],
+    z: sparse.csr_matrix, expression: Expression, sets: GeneSets,
+) -> None:  # fmt: skip
+    _, known = made
+    call = {"null_features": 60, "bins": 2, "progress": False, "workers": 1}
+    _, same = lens.annotate(z, expression, sets, RULE, **call)
+    _, other = lens.annotate(z, expression, sets, RULE, **call, seed=1)
+    np.testing.assert_array_equal(same.mean, known.mean)
+    assert np.abs(other.mean - known.mean).max() > 1e-3
+
+
+def test_the_table_on_disk(made: tuple[lens.Lens, calibration.Calibration], tmp_path: Path) -> None:
+    found, _ = made
+    names = np.asarray([f"feature_{i}" for i in range(FEATURES)])
+    lens.write(found, names, tmp_path / "t.parquet", block=4)
+    table = pd.read_parquet(tmp_path / "t.parquet")
+    assert len(table) == FEATURES * TERMS
+    for test in found.log_p:
+        p = 10 ** -table[f"log10_p_{test}"].to_numpy(np.float64).reshape(FEATURES, TERMS)
+        q = enrichment.benjamini_hochberg(p, axis=1)
+        every = enrichment.benjamini_hochberg(p, axis=None)
+        for column, expected in (("q", q), ("q_all", every)):
+            ours = 10 ** -table[f"log10_{column}_{test}"].to_numpy(np.float64)
+            np.testing.assert_allclose(ours.reshape(p.shape), expected, rtol=1e-4, atol=1e-30)
+    row = table.iloc[TERMS + 2]
+    assert (row["feature"], row["term"], row["size"]) == ("feature_1", "set 2", 20)
+    assert row["auc"] == found.auc[1, 2]
+
+
+def test_two_stages_of_relevance() -> None:
+    shape = (2, 5)
+    one = np.ones(shape)
+    welch = differential.Welch(
+        t=np.array([[9, -9, 9, 3, 1], [3, -3, 3, 1, 0.5]], float), df=one * 50,
+        p=np.array([[1e-9, 1e-9, 1e-9, 0.01, 0.5], [0.01, 0.01, 0.2, 0.6, 0.9]]),
+        log2_fold_change=np.array([[2, -2, 0.5, 3, 0], [0.1, -0.1, 2, 0, 0]], float),
+        mean_high=one, mean_low=one, var_high=one, var_low=one, detected_high=one,
+        detected_low=one, n_high=np.array([9, 9]), n_low=np.array([9, 9]),
+    )  # fmt: skip
+    q = np.where(welch.p < 1e-5, 1e-8, 0.5)
+    wanted = {
+        "both": [[1, 1, 0, 0, 0], [1, 1, 0, 0, 0]],
+        "up": [[1, 0, 0, 0, 0], [1, 0, 0, 0, 0]],
+        "down": [[0, 1, 0, 0, 0], [0, 1, 0, 0, 0]],
+    }
+    for direction, expected in wanted.items():
+        chosen = lens.relevant(welch, q, Rule(direction=direction))
+        np.testing.assert_array_equal(chosen, np.asarray(expected, bool))
+    strict = lens.relevant(welch, q, Rule(fallback_p=None))
+    assert not strict[1].any()
+
+
+def test_tails_that_no_double_holds() -> None:
+    z = np.array([0.0, 1.0, 38.0, 60.0, 1000.0])
+    exact = [0, -np.log10(2 * stats.norm.sf(1)), 315.54, 783.6, 217149.7]
+    np.testing.assert_allclose(lens.two_sided(z), exact, rtol=1e-3)
+    known = calibration.Calibration(np.array([10]), np.zeros((1, 1)), np.ones((1, 1)), 301)
+    far = known.log_p(np.array([[1e1], [1e3], [1e6]]), np.array([10, 10, 10])).ravel()
+    assert np.isfinite(far).all()
+    assert (np.diff(far) > 0).all()
+
+
+def test_bh_of_logarithms() -> None:
+    rng = np.random.default_rng(0)
+    p = 10 ** -np.round(rng.exponential(3, (4, 50)), 1)  # with ties
+    p[1, 3] = np.nan
+    ours = enrichment.benjamini_hochberg_log(-np.log10(p))
+    np.testing.assert_allclose(10**-ours, enrichment.benjamini_hochberg(p, axis=1), rtol=1e-9)
+    table = (-np.log10(p)).astype(np.float32)
+    every = enrichment.LogQ.over(table)(table).astype(np.float64)
+    np.testing.assert_allclose(10**-every, enrichment.benjamini_hochberg(p, axis=None), rtol=1e-5)
+
+
+def test_bad_input(z: sparse.csr_matrix, expression: Expression, sets: GeneSets) -> None:
+    with pytest.raises(InputError, match="activations are of 100 cells, the expression of 600"):
+        lens.annotate(z[:100], expression, sets)
+    with pytest.raises(InputError, match="is the dictionary dead"):
+        lens.annotate(z * 0, expression, sets)
+    few = Expression(expression.x[:, :50], expression.genes[:50])
+    some = gene_sets.from_sets({"a": ["G0", "G1"]}, few.genes, 2, 9)
+    with pytest.raises(InputError, match="50 genes are no universe"):
+        lens.annotate(z, few, some)
+    with pytest.raises(InputError, match="direction='sideways'"):
+        lens.annotate(z, expression, sets, Rule(direction="sideways"))
+    with pytest.raises(InputError, match="at least 30 permuted"):
+        lens.annotate(z, expression, sets, RULE, null_features=5, progress=False)
+
+
+def test_permuted_cells_are_not_named_after_calibration(data_folder: Path) -> None:
+    """Features of the Zheng cells that the calibration has not seen, at two group sizes."""
+    adata = cells.read(data_folder / "data/counts/zheng_facs_pbmc_3774x16791.h5ad")[::3].copy()
+    expression = cells.expression(adata, "X", "counts", "symbol")
+    path = data_folder / "data/genesets/GO_Biological_Process_2021.gmt"
+    sets = gene_sets.read(path, expression.genes, 20, 500)
+    rng = np.random.default_rng(0)
+    density = np.repeat([0.03, 0.16], 40)
+    z = rng.uniform(1, 2, (adata.n_obs, 80)) * (rng.random((adata.n_obs, 80)) < density)
+    found, _ = lens.annotate(
+        sparse.csr_matrix(z), expression, sets, Rule(percentile=84), null_features=150, bins=2,
+        progress=False, matched=False,
+    )  # fmt: skip
+    assert found.share_named() <= 0.05
+    assert found.share_named("mann_whitney") > 0.4  # what it is for
