@@ -23,6 +23,7 @@ from scipy import sparse
 from analysis import differential, enrichment
 from analysis.cells import Expression
 from analysis.gene_sets import GeneSets
+from analysis.groups import top_cells
 from sae_jax import files
 
 TESTS = ("matched", "fisher", "mann_whitney")
@@ -139,7 +140,7 @@ def annotate(
     the same order. Genes without any expression are compared with nothing: leave them out.
     """
     rule = rule or Rule()
-    groups = differential.top_cells(z, rule.percentile)
+    groups = top_cells(z, rule.percentile)
     strata = enrichment.strata_of_rank(np.asarray(expression.x.mean(axis=0)).ravel())
     columns: dict[str, list[np.ndarray]] = {}
     top_genes: list[list[str]] = []

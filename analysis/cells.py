@@ -5,18 +5,23 @@ Everything a file can be wrong in is refused here, in one message, before any wo
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import anndata
+import h5py
 import numpy as np
 import pandas as pd
+import zarr
 from absl import logging
 from scipy import sparse
 from sklearn.decomposition import PCA
 
-from analysis.differential import LARGEST_LOG_VALUE
+from analysis.cell_sums import LARGEST_LOG_VALUE
 from sae_jax.data import check_rows
 from sae_jax.errors import InputError
 
@@ -32,21 +37,41 @@ class Expression:
     genes: np.ndarray
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Parts:
+    """Expression that stays in its file: `parts()` yields x as in `Expression`, CSR [some cells,
+    genes], from the first cell on; for `differential.welch_streamed`.
+
+    genes: unique symbols. cells: the cells' names.
+    """
+
+    genes: np.ndarray
+    cells: pd.Index
+    _read: Callable[[], Iterator[sparse.csr_matrix]]
+
+    def __call__(self) -> Iterator[sparse.csr_matrix]:
+        """All cells, in order."""
+        return self._read()
+
+
 def read(path: str | Path) -> anndata.AnnData:
-    """An h5ad file.
+    """An h5ad file, or a zarr store of anndata. Dense matrices of an h5ad become sparse on the way.
 
     Raises:
-      InputError: no such file, not an h5ad, no cells, or cells that share a name.
+      InputError: no such file, not one of these, no cells, or cells that share a name.
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise InputError(f"there is no file {path}")
-    try:
-        with warnings.catch_warnings():  # of old layouts, which anndata reads all the same
-            warnings.simplefilter("ignore", FutureWarning)
-            adata = anndata.read_h5ad(path)
-    except (OSError, LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-        raise InputError(f"{path} cannot be read as an h5ad file: {_first_line(error)}") from error
+    with _readable(path):
+        if path.is_dir():
+            adata = anndata.read_zarr(path)
+        else:
+            with h5py.File(path) as file:
+                dense = [
+                    name for name in ("X", "raw/X") if isinstance(file.get(name), h5py.Dataset)
+                ]
+            adata = anndata.read_h5ad(path, as_sparse=dense)
     if 0 in adata.shape:
         raise InputError(f"{path} holds {adata.n_obs} cells and {adata.n_vars} genes")
     _refuse_duplicates(adata.obs_names, "cell names", "obs_names_make_unique()")
@@ -74,24 +99,63 @@ def expression(
     x, var = _source(adata, source)
     x = _csr(x, source)
     _check_values(x.data, source, kind)
-    if kind == "counts":
-        totals = np.asarray(x.sum(axis=1, dtype=np.float64)).ravel()
-        if not totals.all():
-            logging.info("%d cells have no counts in %s", (totals == 0).sum(), source)
-        scale = TARGET_SUM / np.where(totals > 0, totals, 1)
-        x = sparse.csr_matrix(sparse.diags_array(scale) @ x)
-        x.data = np.log1p(x.data)
-    x = x.astype(np.float32)
-    totals = np.asarray(x.sum(axis=0)).ravel()
-    if symbols is None:
-        _refuse_duplicates(var.index, "gene names", "var_names_make_unique(), or --gene_symbols")
-        genes, keep = var.index.astype(str), np.arange(len(var))
-    elif symbols not in var:
-        raise InputError(f"var has no column {symbols!r}; it has {_listing(var.columns)}")
-    else:
-        genes, keep = var[symbols].astype(str), _representatives(var[symbols], totals)
-    keep = keep[totals[keep] > 0]
-    return Expression(x[:, keep], genes.to_numpy(dtype=str)[keep])
+    x = _log1p(x, kind)
+    if empty := int((x.sum(axis=1) == 0).sum()):
+        logging.info("%d cells have no counts in %s", empty, source)
+    genes, keep = _genes(var, symbols, np.asarray(x.sum(axis=0)).ravel())
+    return Expression(x[:, keep], genes)
+
+
+def parts(
+    path: str | Path, source: str, kind: str, symbols: str | None = None, rows: int = 4096
+) -> Parts:
+    """The expression of an h5ad file or zarr store, `rows` cells at a time, never all of it.
+
+    One pass over the file checks the values and finds the measured genes.
+
+    Args:
+      source, kind, symbols: as in `expression`.
+
+    Raises:
+      InputError: as `read` and `expression`; or a matrix stored by genes (CSC).
+    """
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"there is no file {path}")
+    with _readable(path):
+        root = zarr.open_group(path, mode="r") if path.is_dir() else h5py.File(path)
+        place = {"X": "X", "raw": "raw/X"}.get(source, f"layers/{source}")
+        if place not in root:
+            raise InputError(f"{path} has no {place}")
+        node = root[place]
+        var = anndata.io.read_elem(root["raw/var" if source == "raw" else "var"])
+        cells = anndata.io.read_elem(root["obs"]).index
+        backed: Any = anndata.io.sparse_dataset(node) if hasattr(node, "keys") else node
+    if getattr(backed, "format", "csr") == "csc":
+        raise InputError(
+            f"{path}: {place} is stored by genes (CSC) and cannot be read by cells; write it as CSR"
+        )
+
+    def blocks() -> Iterator[sparse.csr_matrix]:
+        for start in range(0, len(cells), rows):
+            with _readable(path):
+                block = backed[start : start + rows]
+            block = _csr(block, source)
+            if block.nnz:
+                _check_values(block.data, source, kind, of_all=False)
+            yield _log1p(block, kind)
+
+    totals, fractional = np.zeros(len(var)), False
+    for block in blocks():
+        totals += np.asarray(block.sum(axis=0, dtype=np.float64)).ravel()
+        values = block.data if kind == "log1p" else np.zeros(0)
+        fractional |= bool((values % 1 != 0).any())
+    if not totals.any():
+        raise InputError(f"{source} holds nothing but zeros")
+    if kind == "log1p" and not fractional:
+        raise InputError(f"{source} is said to hold log1p values, but all are integers; counts?")
+    genes, keep = _genes(var, symbols, totals)
+    return Parts(genes, cells, lambda: (block[:, keep] for block in blocks()))
 
 
 def embedding(adata: anndata.AnnData, key: str) -> np.ndarray:
@@ -152,6 +216,45 @@ def labels(adata: anndata.AnnData, column: str) -> pd.Series:
     return values
 
 
+def _log1p(x: sparse.csr_matrix, kind: str) -> sparse.csr_matrix:
+    """ln(1 + count per ten thousand of the cell), float32; log1p values as they are."""
+    if kind == "counts":
+        totals = np.asarray(x.sum(axis=1, dtype=np.float64)).ravel()
+        scale = TARGET_SUM / np.where(totals > 0, totals, 1)
+        x = sparse.csr_matrix(sparse.diags_array(scale) @ x)
+        x.data = np.log1p(x.data)
+    return x.astype(np.float32)
+
+
+def _genes(
+    var: pd.DataFrame, symbols: str | None, totals: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Unique symbols of the measured genes, and their columns, rising."""
+    if symbols is None:
+        _refuse_duplicates(var.index, "gene names", "var_names_make_unique(), or --gene_symbols")
+        genes, keep = var.index.astype(str), np.arange(len(var))
+    elif symbols not in var:
+        raise InputError(f"var has no column {symbols!r}; it has {_listing(var.columns)}")
+    else:
+        genes, keep = var[symbols].astype(str), _representatives(var[symbols], totals)
+    keep = keep[totals[keep] > 0]
+    return genes.to_numpy(dtype=str)[keep], keep
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """What anndata, h5py and zarr raise of a bad file, as one message."""
+    try:
+        with warnings.catch_warnings():  # of old layouts, which anndata reads all the same
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    except InputError:
+        raise
+    except (OSError, LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        kind = "a zarr store of anndata" if path.is_dir() else "an h5ad file"
+        raise InputError(f"{path} cannot be read as {kind}: {_first_line(error)}") from error
+
+
 def _source(
     adata: anndata.AnnData, source: str
 ) -> tuple[sparse.spmatrix | np.ndarray, pd.DataFrame]:
@@ -186,14 +289,17 @@ def _csr(x: sparse.spmatrix | np.ndarray, source: str) -> sparse.csr_matrix:
         raise InputError(f"{source} is damaged: {error}") from None
 
 
-def _check_values(values: np.ndarray, source: str, kind: str) -> None:
-    """Refuse stored values that are not what `kind` says they are."""
+def _check_values(values: np.ndarray, source: str, kind: str, of_all: bool = True) -> None:
+    """Refuse stored values that are not what `kind` says they are.
+
+    A part alone (not `of_all`) may be zeros, or integers that are log1p of something.
+    """
     if kind not in EXPRESSION_KINDS:
         raise InputError(f"expression_is={kind!r} is not one of {', '.join(EXPRESSION_KINDS)}")
     bad = np.count_nonzero(~np.isfinite(values))
     if bad:
         raise InputError(f"{source} holds {bad} NaN or infinite values")
-    if values.size == 0 or not values.any():
+    if of_all and (values.size == 0 or not values.any()):
         raise InputError(f"{source} holds nothing but zeros")
     if values.min() < 0:
         raise InputError(
@@ -206,7 +312,7 @@ def _check_values(values: np.ndarray, source: str, kind: str) -> None:
             f"{source} is said to hold counts, but {fractional.mean():.0%} of its non-zero values "
             f"are not integers ({values[fractional][0]:.4g}, for instance); log1p, perhaps?"
         )
-    if kind == "log1p" and not fractional.any():
+    if kind == "log1p" and of_all and not fractional.any():
         raise InputError(f"{source} is said to hold log1p values, but all are integers; counts?")
     if kind == "log1p" and values.max() > LARGEST_LOG_VALUE:
         raise InputError(

@@ -9,14 +9,95 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy import sparse
 
-from analysis.differential import Groups, top_cells
 from analysis.features import Matrix, as_columns, feature_of_entry
 from sae_jax.errors import InputError
+
+
+class Groups(NamedTuple):
+    """Cells of every feature, as boolean CSR masks [features, cells]: `high` lies in `active`."""
+
+    high: sparse.csr_array
+    active: sparse.csr_array
+
+
+def top_cells(activations: Matrix, percentile: float = 99.0) -> Groups:
+    """The cells above a percentile of a feature's activation, zeros counted (Schuster, section 5).
+
+    The percentile is NumPy's linear one over ALL cells, and "above" is strict. If a feature is
+    active in fewer cells than lie above the percentile, the percentile is 0 and all active cells
+    are high.
+
+    Args:
+        activations: non-negative [cells, features], dense or sparse.
+        percentile: from 0 up to, not including, 100.
+
+    Returns:
+        The high and the active cells of every feature.
+
+    Raises:
+        InputError: as `features.as_columns`; if there are no cells, or for another percentile.
+    """
+    if not 0 <= percentile < 100:
+        raise InputError(f"percentile={percentile}: give a number of at least 0 and below 100.")
+    columns = as_columns(activations)
+    n_cells = columns.shape[0]
+    if n_cells == 0:
+        raise InputError("activations hold no cells: there is no percentile to take.")
+    feature = feature_of_entry(columns)
+    ascending = columns.data[np.lexsort((columns.data, feature))]
+    n_zeros = n_cells - np.diff(columns.indptr)
+
+    def sorted_value(rank: int) -> np.ndarray:
+        """The value at this rank (from 0) of each feature's cells in ascending order."""
+        value = np.zeros(columns.shape[1])
+        active = np.flatnonzero(rank >= n_zeros)
+        value[active] = ascending[columns.indptr[active] + rank - n_zeros[active]]
+        return value
+
+    below, fraction = divmod((n_cells - 1) * (percentile / 100), 1)
+    lower, upper = sorted_value(int(below)), sorted_value(min(int(below) + 1, n_cells - 1))
+    threshold = lower + (upper - lower) * fraction
+    return _groups(columns, columns.data > threshold[feature])
+
+
+def top_n(activations: Matrix, n: int) -> Groups:
+    """The n most active cells of every feature; all active ones if there are fewer than n.
+
+    Never more than n: among cells of equal activation the earlier one goes first.
+
+    Args:
+        activations: non-negative [cells, features], dense or sparse.
+        n: at least 1.
+
+    Returns:
+        The high and the active cells of every feature.
+
+    Raises:
+        InputError: as `features.as_columns`, or for n below 1.
+    """
+    if n < 1:
+        raise InputError(f"n={n}: give at least 1 cell.")
+    columns = as_columns(activations)
+    feature = feature_of_entry(columns)
+    descending = np.lexsort((columns.indices, -columns.data, feature))
+    high = np.empty(columns.nnz, dtype=bool)
+    high[descending] = np.arange(columns.nnz) - columns.indptr[feature] < n
+    return _groups(columns, high)
+
+
+def _groups(columns: sparse.csc_array, high: np.ndarray) -> Groups:
+    """Masks [features, cells]: a transposed CSC matrix is a CSR matrix of the same three arrays."""
+    shape = columns.shape[::-1]
+    active = (np.ones(columns.nnz, dtype=bool), columns.indices, columns.indptr)
+    top = sparse.csr_array((high, columns.indices, columns.indptr), shape=shape, copy=True)
+    top.eliminate_zeros()
+    return Groups(high=top, active=sparse.csr_array(active, shape=shape))
 
 
 def as_mask(name: str, mask: Matrix, n_cells: int | None = None) -> sparse.csr_array:
@@ -78,7 +159,7 @@ def top_cells_within(
         Masks [features, chosen cells], for `expression[cells]` as in `within`.
 
     Raises:
-        InputError: as `differential.top_cells` and `within`.
+        InputError: as `top_cells` and `within`.
     """
     if np.ndim(activations) != 2:
         raise InputError(f"activations have {np.ndim(activations)} dimensions: give a matrix.")

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from analysis import calibration, differential, enrichment
 from analysis.cells import Expression
 from analysis.gene_sets import GeneSets
+from analysis.groups import Groups, top_cells
 from sae_jax import files
 from sae_jax.errors import InputError
 
@@ -175,7 +176,7 @@ def annotate(
     rule = rule or Rule()
     _check(z, expression, sets, rule)
     prepared = differential.Prepared.of(expression.x)
-    groups = differential.top_cells(z, rule.percentile)
+    groups = top_cells(z, rule.percentile)
     n_features, n_terms = z.shape[1], len(sets.names)
     if not groups.high.nnz:
         raise InputError("no feature has a high cell: is the dictionary dead on these cells?")
@@ -189,7 +190,7 @@ def annotate(
     tops: list[pd.DataFrame | None] = [None] * -(-n_features // block)
 
     def test(rows: slice) -> None:
-        part = differential.Groups(groups.high[rows], groups.active[rows])
+        part = Groups(groups.high[rows], groups.active[rows])
         welch = prepared.welch(part, rule.pseudocount)
         gene_q = enrichment.benjamini_hochberg(welch.p, axis=1)
         chosen = relevant(welch, gene_q, rule)
@@ -208,7 +209,7 @@ def annotate(
         tops[rows.start // block] = _top(welch, gene_q, expression.genes, rows.start, top_genes)
 
     def rank_z(activations: sparse.csr_matrix) -> np.ndarray:
-        part = differential.top_cells(activations, rule.percentile)
+        part = top_cells(activations, rule.percentile)
         welch = prepared.welch(part, rule.pseudocount)
         return enrichment.mann_whitney(_scores(welch), sets.membership).z
 

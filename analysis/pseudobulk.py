@@ -14,7 +14,7 @@ import pandas as pd
 from numpy.typing import ArrayLike
 from scipy import sparse, special
 
-from analysis.differential import EPSILON, LARGEST_LOG_VALUE
+from analysis.cell_sums import EPSILON, LARGEST_LOG_VALUE
 from analysis.features import Matrix
 from analysis.groups import as_mask
 from sae_jax.errors import InputError

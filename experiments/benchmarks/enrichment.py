@@ -23,8 +23,9 @@ import numpy as np
 from absl import flags
 from scipy import sparse, stats
 
-from analysis import differential, gene_sets, lens
+from analysis import gene_sets, lens
 from analysis.cells import Expression
+from analysis.groups import top_cells
 from experiments import cli
 
 FLAGS = flags.FLAGS
@@ -67,7 +68,7 @@ def peers(
     expression: Expression, z: sparse.csr_matrix, sets: gene_sets.GeneSets, found: lens.Lens
 ) -> dict[str, float]:
     """CPU seconds of each for one feature; the loops over terms from some of them."""
-    groups = differential.top_cells(z[:, :1], 99)
+    groups = top_cells(z[:, :1], 99)
     high, low = groups.high.toarray()[0], ~groups.active.toarray()[0]
     some = 100 if FLAGS.quick else 500
     x = expression.x.astype(np.float64)

@@ -5,10 +5,11 @@ import pandas as pd
 import pytest
 from scipy import sparse, stats
 
-from analysis import annotation, cells, differential, enrichment, nulls
+from analysis import annotation, cells, enrichment, nulls
 from analysis.annotation import Rule
 from analysis.cells import Expression
 from analysis.gene_sets import GeneSets, from_sets, read
+from analysis.groups import top_cells
 
 CELLS, GENES = 300, 120
 
@@ -209,7 +210,7 @@ def test_naming_holds_its_level_when_genes_are_exchanged_for_others_of_like_expr
 
 
 def test_high_cells_of_the_rule_are_those_above_the_percentile(z: sparse.csr_matrix) -> None:
-    groups = differential.top_cells(z, 90.0)
+    groups = top_cells(z, 90.0)
     dense = z.toarray().astype(np.float64)
     expected = dense > np.percentile(dense, 90, axis=0)
     np.testing.assert_array_equal(groups.high.toarray(), expected.T)

@@ -8,7 +8,7 @@ from scipy import sparse, stats
 from sklearn.metrics import roc_auc_score
 
 from analysis import characterisation as ch
-from analysis import differential
+from analysis.groups import top_cells
 from sae_jax.errors import InputError
 
 SMALL = hnp.arrays(
@@ -264,7 +264,7 @@ def test_compare_equals_equation_8_in_a_loop(kind: str) -> None:
     rng = np.random.default_rng(3)
     z = sparse_relu(rng)
     values = np.maximum(rng.normal(size=(len(z), 6)), 0) + 0.3 * z[:, [2]]
-    groups = differential.top_cells(z, 90)
+    groups = top_cells(z, 90)
     low = z.T == 0
     if kind == "dense":
         values[rng.random(values.shape) < 0.1] = np.nan

@@ -10,6 +10,7 @@ from hypothesis.extra import numpy as hnp
 from scipy import sparse, stats
 
 from analysis import differential
+from analysis.groups import top_cells, top_n
 from sae_jax.errors import InputError
 
 DATA = os.environ.get("SAE_JAX_DATA")
@@ -161,6 +162,8 @@ def test_bad_input_is_refused() -> None:
     with pytest.raises(InputError, match="give booleans"):
         welch(x, high.astype(float), active=high)
     with pytest.raises(InputError, match="must be positive"):
+        welch(x, high, active=high, pseudocount=0)
+    with pytest.raises(InputError, match="at least 1 feature"):
         welch(x, high, active=high, block=0)
     for bad in (x * 1000, -x, x * np.nan, x * np.inf):
         for expression in (bad, sparse.csr_array(bad)):
@@ -177,7 +180,7 @@ def test_bad_input_is_refused() -> None:
     st.floats(0, 99.9),
 )
 def test_top_cells_equals_numpy(z: np.ndarray, percentile: float) -> None:
-    groups = differential.top_cells(sparse.csr_array(z), percentile)
+    groups = top_cells(sparse.csr_array(z), percentile)
     expected = z > np.percentile(z.astype(np.float64), percentile, axis=0)
     np.testing.assert_array_equal(groups.high.toarray(), expected.T)
     np.testing.assert_array_equal(groups.active.toarray(), z.T > 0)
@@ -189,20 +192,20 @@ def test_top_cells_of_rare_and_dense_features() -> None:
     z = np.zeros((1000, 3))
     z[rng.choice(1000, 4, replace=False), 1] = [1, 2, 3, 4]
     z[:, 2] = rng.random(1000)
-    groups = differential.top_cells(z)
+    groups = top_cells(z)
     assert groups.high.sum(axis=1).tolist() == [0, 4, 10]
     with pytest.raises(InputError, match="percentile=100"):
-        differential.top_cells(z, 100)
+        top_cells(z, 100)
     with pytest.raises(InputError, match="is negative"):
-        differential.top_cells(-z)
+        top_cells(-z)
 
 
 def test_top_n_breaks_ties_by_the_order_of_the_cells() -> None:
     z = np.array([[1, 0], [2, 0], [1, 5], [3, 0], [1, 0]])
-    groups = differential.top_n(z, 3)
+    groups = top_n(z, 3)
     assert groups.high.toarray().astype(int).tolist() == [[1, 1, 0, 1, 0], [0, 0, 1, 0, 0]]
     with pytest.raises(InputError, match="at least 1"):
-        differential.top_n(z, 0)
+        top_n(z, 0)
 
 
 @needs_data
@@ -216,7 +219,7 @@ def test_welch_on_real_cells_equals_the_golden_tests() -> None:
     activations = pd.read_parquet(golden / "activations.parquet").set_index("obs_name")
     z = sparse.csr_array(activations.loc[adata.obs_names].to_numpy())
 
-    groups = differential.top_cells(z)
+    groups = top_cells(z)
     result = differential.welch(x, groups.high, active=groups.active)
 
     table = pd.read_parquet(golden / "gene_tests.parquet")

@@ -76,12 +76,12 @@ def test_percentiles_of_active_cells_equal_numpy(z: np.ndarray, percentile: floa
 @given(codes, st.data())
 def test_one_cell_type_is_the_same_as_its_cells_alone(z: np.ndarray, data: st.DataObject) -> None:
     cells = data.draw(hnp.arrays(bool, len(z)).filter(np.any))
-    expected = differential.top_cells(z[cells], 80)
+    expected = groups.top_cells(z[cells], 80)
     for given_z in (z, sparse.coo_array(z)):
         found = groups.top_cells_within(given_z, cells, 80)
         for ours, theirs in zip(found, expected, strict=True):
             np.testing.assert_array_equal(ours.toarray(), theirs.toarray())
-    whole = differential.top_n(z, 4)
+    whole = groups.top_n(z, 4)
     for ours, theirs in zip(groups.within(whole, cells), whole, strict=True):
         assert is_clean(ours)
         np.testing.assert_array_equal(ours.toarray(), theirs.toarray()[:, cells])
@@ -92,7 +92,7 @@ def test_a_test_within_a_type_knows_no_other_cells() -> None:
     z = np.maximum(rng.normal(size=(60, 4)), 0)
     x = np.log1p(rng.poisson(2.0, (60, 7)))
     cells = rng.random(60) < 0.5
-    high, active = groups.within(differential.top_n(z, 20), cells)
+    high, active = groups.within(groups.top_n(z, 20), cells)
     result = differential.welch(x[cells], high, active=active)
     silent = cells & (z[:, 2] == 0)
     np.testing.assert_allclose(result.mean_low[2], x[silent].mean(axis=0))
@@ -108,7 +108,7 @@ def test_nearest_silent_equals_brute_force(to: str, block: int) -> None:
     z = np.maximum(rng.normal(size=(80, 9)) - 0.5, 0)
     z[:, 3] = 0
     z[:, 4] = 1
-    high, active = differential.top_n(z, 7)
+    high, active = groups.top_n(z, 7)
     low = groups.nearest_silent(x, high, active, 10, to=to, block=block)
     assert is_clean(low)
     assert low.has_canonical_format
@@ -129,7 +129,7 @@ def test_nearest_silent_follows_the_cells(order: list[int]) -> None:
     rng = np.random.default_rng(1)
     x, z = rng.normal(size=(25, 3)), np.maximum(rng.normal(size=(25, 4)), 0)
     low, moved = (
-        groups.nearest_silent(x[cells], *differential.top_n(z[cells], 5), 4).toarray()
+        groups.nearest_silent(x[cells], *groups.top_n(z[cells], 5), 4).toarray()
         for cells in (np.arange(25), order)
     )
     np.testing.assert_array_equal(low[:, order], moved)
@@ -175,7 +175,7 @@ def test_bad_input_is_refused() -> None:
         with pytest.raises(InputError, match="each of the 4 cells, at least one"):
             groups.top_cells_within(z, wrong)
         with pytest.raises(InputError, match="each of the 4 cells, at least one"):
-            groups.within(differential.top_n(z, 1), wrong)
+            groups.within(groups.top_n(z, 1), wrong)
     with pytest.raises(InputError, match="1 dimensions"):
         groups.top_cells_within(z[0], cells)
     with pytest.raises(InputError, match="percentile=100"):

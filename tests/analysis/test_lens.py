@@ -10,6 +10,7 @@ from scipy import sparse, stats
 from analysis import calibration, cells, differential, enrichment, gene_sets, lens
 from analysis.cells import Expression
 from analysis.gene_sets import GeneSets
+from analysis.groups import top_cells
 from analysis.lens import Rule
 from sae_jax.errors import InputError
 
@@ -56,7 +57,7 @@ def test_every_table_equals_the_tests_made_one_by_one(
     z: sparse.csr_matrix, expression: Expression, sets: GeneSets,
 ) -> None:  # fmt: skip
     found, known = made
-    groups = differential.top_cells(z, RULE.percentile)
+    groups = top_cells(z, RULE.percentile)
     welch = differential.welch(expression.x, groups.high, active=groups.active)
     gene_q = enrichment.benjamini_hochberg(welch.p, axis=1)
     chosen = lens.relevant(welch, gene_q, RULE)
