@@ -14,11 +14,13 @@ import pandas as pd
 from numpy.typing import ArrayLike
 from scipy import sparse, special, stats
 
+from analysis import features
 from analysis.enrichment import benjamini_hochberg
-from analysis.features import Matrix, _ranks, as_columns, feature_of_entry
+from analysis.features import Matrix, as_columns, feature_of_entry
 from sae_jax.errors import InputError
 
 Z_95 = 1.96
+RULES = ("text", "code")
 MOST_LEVELS = 1000  # a categorical column with more of them names cells, not groups
 
 
@@ -86,7 +88,7 @@ def specificity(z: Matrix, labels: ArrayLike | pd.Series, rule: str = "text") ->
         InputError: for another rule, activations that `features.as_columns` refuses, labels that
             are not one per cell, or fewer than two different ones.
     """
-    if rule not in ("text", "code"):
+    if rule not in RULES:
         raise InputError(f'rule={rule!r}: give "text" or "code".')
     columns = as_columns(z)
     names, codes = _coded(labels, columns.shape[0])
@@ -198,6 +200,39 @@ def differentiation(
         "rise": means[:, -1] - means[:, 0],
     } | {f"mean {stage}": mean for stage, mean in zip(stages, means.T, strict=True)}
     return pd.DataFrame(found, index=pd.RangeIndex(len(means), name="feature"))
+
+
+def summary(
+    z: Matrix, labels: pd.Series | None = None, technical_columns: pd.DataFrame | None = None
+) -> pd.DataFrame:
+    """What is known of each feature without genes, in one table.
+
+    Args:
+        z: non-negative activations [cells, features].
+        labels: one per cell, categories; None: nothing is said of labels.
+        technical_columns: of obs, which count as technical; see `technical`.
+
+    Returns:
+        One row per feature: the columns of `features.activity`; with labels `kind_<rule>` and
+        `local_label_<rule>` by eq. 8 (rules "text" and "code"), `best_label` and its
+        `best_label_auroc`; with technical columns `technical`, `technical_column`,
+        `technical_explained`. Text columns are categories.
+    """
+    table = features.activity(z)
+    if labels is not None:
+        for rule in RULES:
+            kinds = specificity(z, labels, rule).table()
+            table[f"kind_{rule}"] = kinds["kind"]
+            table[f"local_label_{rule}"] = pd.Categorical(kinds["label"])
+        names, areas = features.auroc(z, labels)
+        table["best_label"] = pd.Categorical(names[areas.argmax(axis=1)], names)
+        table["best_label_auroc"] = areas.max(axis=1)
+    if technical_columns is not None and technical_columns.shape[1]:
+        found = technical(confounders(z, technical_columns))
+        table["technical"] = found["technical"]
+        table["technical_column"] = pd.Categorical(found["column"])
+        table["technical_explained"] = found["explained"]
+    return table
 
 
 def seed_robustness(tables: Sequence[pd.DataFrame], ddof: int = 1) -> pd.DataFrame:
@@ -470,7 +505,7 @@ def _centred_ranks(columns: sparse.csc_array) -> tuple[sparse.csc_array, np.ndar
         Differences [cells, features], zero's rank [features], and the sum of squares of all cells'
         ranks about their mean [features].
     """
-    shifted, zero_rank = _ranks(columns)
+    shifted, zero_rank = features.ranks(columns)
     n_cells = columns.shape[0]
     zero_rank = zero_rank - (n_cells + 1) / 2
     n_entries = np.diff(columns.indptr)

@@ -131,17 +131,17 @@ def auroc(z: Matrix, labels: ArrayLike | pd.Series) -> tuple[np.ndarray, np.ndar
         columns, label = columns[labelled], label[labelled]
     n_cells, n_labels = columns.shape[0], len(label.categories)
 
-    ranks, zero_rank = _ranks(columns)
+    above, zero_rank = ranks(columns)
     one_hot = sparse.csr_array(
         (np.ones(n_cells), label.codes, np.arange(n_cells + 1)), shape=(n_cells, n_labels)
     )
     n_in = one_hot.sum(axis=0)
-    rank_sum = (ranks.T @ one_hot).toarray() + zero_rank[:, None] * n_in
+    rank_sum = (above.T @ one_hot).toarray() + zero_rank[:, None] * n_in
     u = rank_sum - n_in * (n_in + 1) / 2
     return np.asarray(label.categories), u / (n_in * (n_cells - n_in))
 
 
-def _ranks(columns: sparse.csc_array) -> tuple[sparse.csc_array, np.ndarray]:
+def ranks(columns: sparse.csc_array) -> tuple[sparse.csc_array, np.ndarray]:
     """Average ranks (from 1) within each column, less the rank of its zeros, and that rank.
 
     Returns:

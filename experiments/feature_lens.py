@@ -33,7 +33,6 @@ from analysis import (
     calibration,
     characterisation,
     feature_space,
-    features,
     lens,
     nulls,
     plots,
@@ -302,25 +301,12 @@ def describe(
 ) -> pd.DataFrame:
     """One row a live feature, by name; written, also as var of the cells' activations."""
     names = feature_names(live)
-    table = features.activity(z).set_index(names)
+    table = characterisation.summary(z, inputs.labels, technical).set_index(names)
     table.insert(0, "latent", live)
     stored = np.load(out / "named.npz")
     for i, column in enumerate(("n_high", "n_low", "n_relevant", "testable", "paper_annotated")):
         values = stored["counts"][:, i]
         table[column] = values.astype(bool) if i > 2 else values
-    if inputs.labels is not None:
-        for rule in ("text", "code"):
-            kinds = characterisation.specificity(z, inputs.labels, rule).table()
-            table[f"kind_{rule}"] = kinds["kind"].astype(str).to_numpy()
-            table[f"local_label_{rule}"] = kinds["label"].to_numpy()
-        labels, areas = features.auroc(z, inputs.labels)
-        table["best_label"] = labels[areas.argmax(axis=1)]
-        table["best_label_auroc"] = areas.max(axis=1)
-    if technical.shape[1]:
-        found = characterisation.technical(characterisation.confounders(z, technical))
-        table["technical"] = found["technical"].to_numpy()
-        table["technical_column"] = found["column"].to_numpy()
-        table["technical_explained"] = found["explained"].to_numpy()
     table["n_terms"] = np.diff(annotated.matrix.indptr)
     best = pd.read_parquet(out / "top_terms.parquet")
     named = best[best["log10_q"] > -np.log10(0.05)].groupby("feature", sort=False)
