@@ -7,10 +7,8 @@ terms, kinds and activity of features, or words that their terms hold.
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
@@ -21,11 +19,11 @@ from numpy.typing import ArrayLike
 from scipy import sparse
 
 from analysis.features import Matrix
+from analysis.ontology import Ontology
 from analysis.plots import GREY, plain
 from sae_jax.errors import InputError
 
 MOST_COLOURS = 20  # that can be told apart; the rarer values of a category share a grey
-GO_ID = re.compile(r"GO:\d{7}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,94 +117,15 @@ def plane(
     return coordinates
 
 
-@dataclass(frozen=True, eq=False)
-class Hierarchy:
-    """Terms of an OBO file that are not obsolete, by id, and what lies above them.
-
-    names: of each term. parents: by is_a and part_of, those that are terms of the file.
-    subsets: ids in each subset.
-    ids: of each term by its alternative ids, and by its name in lower case.
-    """
-
-    names: dict[str, str]
-    parents: dict[str, tuple[str, ...]]
-    subsets: dict[str, frozenset[str]]
-    ids: dict[str, str]
-
-    def identify(self, term: str) -> str | None:
-        """The id of a term given by id, as "name (GO:0006955)", or by name; None if unknown."""
-        found = GO_ID.search(term)
-        key = term.lower() if found is None else found[0]
-        return key if key in self.names else self.ids.get(key)
-
-    def ancestors(self, term: str) -> set[str]:
-        """The ids above a term, the term itself not among them."""
-        found, waiting = set(), list(self.parents[term])
-        while waiting:
-            parent = waiting.pop()
-            if parent not in found:
-                found.add(parent)
-                waiting.extend(self.parents[parent])
-        return found
-
-    def first_level(self) -> set[str]:
-        """The children of the roots: the level that colours the paper's Figure 3A."""
-        roots = {term for term, parents in self.parents.items() if not parents}
-        return {term for term, parents in self.parents.items() if roots & set(parents)}
-
-    def slim(self, subset: str = "goslim_generic") -> set[str]:
-        """The terms of a subset, roots left out: they would say nothing."""
-        if subset not in self.subsets:
-            raise InputError(f"no subset {subset!r}: the file has {sorted(self.subsets)}.")
-        return {term for term in self.subsets[subset] if self.parents[term]}
-
-
-def read_hierarchy(path: str | Path) -> Hierarchy:
-    """Reads an OBO file: ids, names, is_a and part_of, subsets and alternative ids.
-
-    Raises:
-        InputError: if the file is missing, is not text, or holds no terms.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"there is no ontology file {path}: check the path.")
-    try:
-        text = path.read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not a text file: give an ontology in OBO format.") from error
-    names, parents, ids, subsets = {}, {}, {}, defaultdict(set)
-    for stanza in re.split(r"^\[", text, flags=re.MULTILINE)[1:]:
-        kind, *lines = stanza.splitlines()
-        tags = defaultdict(list)
-        for line in lines:
-            tag, colon, value = line.partition(": ")
-            if colon:
-                tags[tag].append(value.split(" ! ")[0].strip())
-        if kind.strip() != "Term]" or "true" in tags["is_obsolete"] or not tags["id"]:
-            continue
-        term = tags["id"][0]
-        names[term] = (tags["name"] or [term])[0]
-        part_of = [r.split()[1] for r in tags["relationship"] if r.startswith("part_of ")]
-        parents[term] = (*(parent.split()[0] for parent in tags["is_a"]), *part_of)
-        ids |= dict.fromkeys([*tags["alt_id"], names[term].lower()], term)
-        for subset in tags["subset"]:
-            subsets[subset.split()[0]].add(term)
-    if not names:
-        raise InputError(f"{path} holds no terms: give an ontology in OBO format.")
-    parents = {term: tuple(p for p in above if p in names) for term, above in parents.items()}
-    found = {name: frozenset(members) for name, members in subsets.items()}
-    return Hierarchy(names, parents, found, ids)
-
-
-def top_level(terms: Sequence[str], hierarchy: Hierarchy, tops: Collection[str]) -> FeatureTerms:
+def top_level(terms: Sequence[str], ontology: Ontology, tops: Collection[str]) -> FeatureTerms:
     """The top-level terms of every term: itself or those above it, the most special of them.
 
     Of two top-level terms of which one lies above the other only the lower is taken, as usual for
     slims. A slim's own file holds little but the slim: finer terms need the whole ontology's file.
 
     Args:
-        terms: as `Hierarchy.identify` knows them. One that is unknown has no top level.
-        hierarchy: with `tops` among its ids, from `first_level()` or `slim()`.
+        terms: as `Ontology.identify` knows them. One that is unknown has no top level.
+        ontology: with `tops` among its ids, from `first_level()` or `slim()`.
         tops: ids.
 
     Returns:
@@ -215,11 +134,11 @@ def top_level(terms: Sequence[str], hierarchy: Hierarchy, tops: Collection[str])
     tops = set(tops)
     found = []
     for term in terms:
-        identifier = hierarchy.identify(term)
-        above = set() if identifier is None else {identifier, *hierarchy.ancestors(identifier)}
+        identifier = ontology.identify(term)
+        above = set() if identifier is None else {identifier, *ontology.ancestors(identifier)}
         hits = above & tops
-        covered = set().union(*(hierarchy.ancestors(hit) for hit in hits))
-        found.append([hierarchy.names[hit] for hit in hits - covered])
+        covered = set().union(*(ontology.ancestors(hit) for hit in hits))
+        found.append([ontology.names[hit] for hit in hits - covered])
     return from_names(found)
 
 

@@ -8,7 +8,9 @@ of a term is one of every term that this term is, or is part of (the true-path r
 from __future__ import annotations
 
 import csv
+import functools
 import io
+import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -25,6 +27,7 @@ EXPERIMENTAL = frozenset(
     {"EXP", "IDA", "IPI", "IMP", "IGI", "IEP", "HTP", "HDA", "HMP", "HGI", "HEP"}
 )
 RELATIONS = ("is_a", "part_of")
+GO_ID = re.compile(r"GO:\d{7}")
 _CLOSURE = ["source_id", "target_id", "type", "experimental"]
 
 
@@ -44,12 +47,47 @@ class Ontology:
     names, namespaces: of each term.
     parents: the terms that a term is, or is part of, directly; every term comes before its parents.
     alternatives: the term that each secondary id stands for.
+    subsets: the terms of each subset that the file defines, a slim for instance.
     """
 
     names: dict[str, str]
     namespaces: dict[str, str]
     parents: dict[str, tuple[str, ...]]
     alternatives: dict[str, str]
+    subsets: dict[str, frozenset[str]] = field(default_factory=dict)
+
+    @functools.cached_property
+    def _by_name(self) -> dict[str, str]:
+        return {name.lower(): term for term, name in self.names.items()}
+
+    def identify(self, term: str) -> str | None:
+        """The id of a term given by id, as "name (GO:0006955)", or by name; None if unknown."""
+        found = GO_ID.search(term)
+        key = term if found is None else found[0]
+        if key in self.names:
+            return key
+        return self.alternatives.get(key, self._by_name.get(key.lower()))
+
+    def ancestors(self, term: str) -> set[str]:
+        """The ids above a term, the term itself not among them."""
+        found, waiting = set(), list(self.parents[term])
+        while waiting:
+            parent = waiting.pop()
+            if parent not in found:
+                found.add(parent)
+                waiting.extend(self.parents[parent])
+        return found
+
+    def first_level(self) -> set[str]:
+        """The children of the roots: the level that colours Schuster's Figure 3A."""
+        roots = {term for term, parents in self.parents.items() if not parents}
+        return {term for term, parents in self.parents.items() if roots & set(parents)}
+
+    def slim(self, subset: str = "goslim_generic") -> set[str]:
+        """The terms of a subset, roots left out: they would say nothing."""
+        if subset not in self.subsets:
+            raise InputError(f"no subset {subset!r}: the file has {sorted(self.subsets)}.")
+        return {term for term in self.subsets[subset] if self.parents[term]}
 
     def propagate(self, genes: Mapping[str, Iterable[str]]) -> dict[str, set[str]]:
         """The genes of each term and of all terms below it; terms without genes are left out."""
@@ -101,6 +139,10 @@ def read_obo(path: str | Path, relations: Collection[str] = RELATIONS) -> Ontolo
         namespaces={term: data.get("namespace", "") for term, data in terms.items()},
         parents={term: tuple(upward[term]) for term in networkx.topological_sort(upward)},
         alternatives={other: t for t, data in terms.items() for other in data.get("alt_id", ())},
+        subsets={
+            name: frozenset(t for t, data in terms.items() if name in data.get("subset", ()))
+            for name in sorted({name for data in terms.values() for name in data.get("subset", ())})
+        },
     )
 
 
