@@ -3,8 +3,8 @@ r"""Kill a sweep at random moments until it is done, and compare with one that w
     python tests/kills.py --kills=30                          (about 10 minutes on two cores)
 
 Each trial starts the same command again and again, in a folder of its own: all but the last are
-killed (SIGKILL, one in three SIGTERM) after a random time. It must print `30 of 30 identical`:
-weights, history and results of every configuration, bit for bit.
+killed (SIGKILL, one in three SIGTERM) a random time after they announced the work. It must print
+`30 of 30 identical`: weights, history and results of every configuration, bit for bit.
 """
 
 import hashlib
@@ -49,14 +49,26 @@ def outcome(folder: Path) -> dict[str, str]:
     return found
 
 
+def started(folder: Path, epochs: int) -> subprocess.Popen:
+    """The command, once it has said what it will do: imports take their own time."""
+    process = subprocess.Popen(
+        command(folder, epochs), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    for line in process.stderr:
+        if " programs" in line:
+            break
+    return process
+
+
 def run_killed(folder: Path, epochs: int, seconds: float, kills: int, seed: int) -> int:
-    """Runs to the end what is killed `kills` times at most; returns how often it was."""
+    """Runs to the end what is killed `kills` times at most; returns how often it was.
+
+    `seconds`: from the announcement of the work to the end of a run that is let be.
+    """
     chance = random.Random(seed)
     for killed in range(kills):
-        process = subprocess.Popen(
-            command(folder, epochs), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        )
-        time.sleep(chance.uniform(0.3, 1) * seconds)
+        process = started(folder, epochs)
+        time.sleep(chance.uniform(0, 0.9) * seconds)
         kind = signal.SIGTERM if chance.random() < 1 / 3 else signal.SIGKILL
         process.send_signal(kind)
         _, printed = process.communicate()
@@ -72,8 +84,11 @@ def trials(count: int, each: int, epochs: int, parent: Path) -> list[tuple[int, 
     """Of every trial how often it was killed and whether it ended as the undisturbed run."""
     rows = np.random.default_rng(0).normal(size=(512, 8)).astype(np.float32)
     np.save(parent / "rows.npy", rows)
+    process = started(parent / "undisturbed", epochs)
     began = time.monotonic()
-    subprocess.run(command(parent / "undisturbed", epochs), check=True, capture_output=True)
+    _, printed = process.communicate()
+    if process.returncode:
+        raise RuntimeError(f"status {process.returncode}: {printed}")
     seconds = time.monotonic() - began
     expected = outcome(parent / "undisturbed")
     found = []
