@@ -1,0 +1,141 @@
+"""The results page: a section a program in one Markdown file, each written by its program."""
+
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from experiments.simulation.claims import VERDICTS, Claim
+from sae_jax import files
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+HEAD = """# The simulation study of Schuster's paper
+
+Section 4 of "Can sparse autoencoders make sense of gene expression latent variable models?", run
+again. The sections are written by the programs that they name.
+"""
+SHOWN = ("figure_s04", "figure_s12")
+COLUMNS = [
+    "type", "n_latents", "learning_rate", "l1_weight", "k_percent", "status", "epochs", "train_mse",
+    "train_loss", "validation_mse", "active", "redundant", "mean_active",
+    *(f"{name}:{group}"
+      for group in ("Y", "X'", "A", "X")
+      for name in ("highest", "highest_absolute", "latents", "latents_absolute")),
+]  # fmt: skip
+
+
+def write(
+    path: Path,
+    out: Path,
+    settings: dict[str, Any],
+    results: "pd.DataFrame",
+    superposition: "pd.DataFrame",
+    claims: Sequence[Claim],
+) -> None:
+    """The section of `small` in `path`; its figures and results as CSV beside it."""
+    name = f"small_{settings['variant']}" + ("_quick" if settings["quick"] else "")
+    name += "" if settings["reduction"] == "mean" else f"_{settings['reduction']}"
+    prefix = f"{path.stem}_{name}"
+    for figure in SHOWN:
+        with files.write_aside(path.parent / f"{prefix}_{figure}.png") as fresh:
+            shutil.copyfile(out / "figures" / f"{figure}.png", fresh)
+    table = results[[column for column in COLUMNS if column in results]]
+    with files.write_aside(path.parent / f"{prefix}.csv") as fresh:
+        table.to_csv(fresh, index=False, float_format="%.5g")
+    replace_section(path, name, _small(prefix, settings, results, superposition, claims))
+
+
+def replace_section(path: Path, name: str, text: str) -> None:
+    """Write a section between its two marks in `path`, at the end where there is none yet."""
+    begin, end = f"<!-- {name} begins -->", f"<!-- {name} ends -->"
+    whole = path.read_text() if path.exists() else HEAD
+    section = f"{begin}\n{text.strip()}\n{end}"
+    found = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+    if found.search(whole):
+        whole = found.sub(lambda _: section, whole)
+    else:
+        whole = f"{whole.rstrip()}\n\n{section}\n"
+    with files.write_aside(path) as fresh:
+        fresh.write_text(whole)
+
+
+def markdown(table: "pd.DataFrame", form: str = "{:.3g}") -> str:
+    """A Markdown table; numbers by `form`, what is missing left out."""
+    import pandas as pd
+
+    def cell(value: Any) -> str:
+        if value is None or (not isinstance(value, str) and pd.isna(value)):
+            return ""
+        text = form.format(value) if isinstance(value, float) else str(value)
+        return text.replace("|", "\\|")  # else |r| would end a column
+
+    rows = [table.columns, ["---"] * table.shape[1], *table.itertuples(index=False)]
+    lines = [[cell(value) for value in row] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _small(
+    prefix: str,
+    settings: dict[str, Any],
+    results: "pd.DataFrame",
+    superposition: "pd.DataFrame",
+    claims: Sequence[Claim],
+) -> str:
+    import pandas as pd
+
+    given = " ".join(
+        f"--{name}" if value is True else f"--{name}={value}"
+        for name, value in settings.items()
+        if value is not False
+    )
+    epochs = sorted(results["asked_epochs"].unique())
+    lasted = f"{epochs[0]}" if len(epochs) == 1 else f"{epochs[0]} to {epochs[-1]}, by rate"
+    rule = {
+        "text": "r, and latents of r ≥ .95, as in the text",
+        "code": "r of largest |r|, and latents of |r| ≥ .95, as in the authors' code",
+    }[settings["variant"]]
+    table = pd.DataFrame(
+        [[c.paper, c.ours, c.rule, VERDICTS[c.holds]] for c in claims],
+        columns=["the paper", "ours", "rule", "verdict"],
+    )
+    at_rate = results[(results["learning_rate"] == 1e-4) & (results["status"] == "trained")]
+    penalty = at_rate["l1_weight"].where(at_rate["type"] != "TopK", at_rate["k_percent"])
+    short = at_rate.assign(penalty=penalty).groupby(["type", "penalty"], sort=False)
+    columns = {
+        "train_mse": "MSE", "fraction_active": "active share", "highest:X'": "r with X'",
+        "latents:X'": "latents per X'", "latents_absolute:X'": "of |r|",
+    }  # fmt: skip
+    short = short[list(columns)].mean().reset_index().rename(columns=columns)
+    diverged = int((results["status"] != "trained").sum())
+    return f"""## Small simulation, settings of the {settings["variant"]}
+
+`python -m experiments.simulation.small {given} --workdir=DIR`: {len(results)} configurations
+({diverged} diverged), {lasted} epochs, batch 128, loss reduced by {settings["reduction"]}.
+Correlations are {rule}, averaged over the variables of a group. All
+configurations: [{prefix}.csv]({prefix}.csv).
+
+### Superposition
+
+R² of linear readouts from the latents of each autoencoder (equation 7; figure S3), exact and by
+the paper's gradient descent (plain, and Adam as in the authors' code). The paper: X' is recovered
+perfectly with 4 latents. Each autoencoder is the best of eight seeds; `perfect_seeds` is how many
+of them reach a validation MSE below .01. In the others an output has fallen below 0 for every cell,
+where its ReLU has no gradient, and stays there.
+
+{markdown(superposition, "{:.3f}")}
+
+### Claims of section 4.2
+
+{markdown(table)}
+
+### Means over widths, learning rate 1e-4
+
+{markdown(short)}
+
+![loss and recovery of the three types]({prefix}_{SHOWN[0]}.png)
+
+![latents per variable over width]({prefix}_{SHOWN[1]}.png)
+"""
