@@ -5,8 +5,8 @@ r"""Annotation of a dictionary: CPU seconds a feature, beside loops over SciPy a
 
 Per feature: 13,431 genes × 5,000 terms; Welch's t, ranks, Mann-Whitney, binomial and Fisher's test,
 written to parquet. The peers do the same feature by feature: SciPy's `ttest_ind`, `mannwhitneyu`,
-`binomtest`, `fisher_exact` in a loop over terms, scanpy's `rank_genes_groups` for the genes, and
-gseapy's `enrich` for the overlaps.
+`binomtest`, `fisher_exact` in a loop over terms; scanpy's `rank_genes_groups` (Welch's t) for the
+genes and gseapy's `enrich` for the overlaps, which has no rank test.
 
 The whole: counts of 56,000 cells × 13,431 genes at real sparsity (8 %, as CSR), 5,318 live features
 with 3.5 % of the cells each, 6,000 terms; wall time and peak memory, without calibration and with.
@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from absl import flags
 from scipy import sparse, stats
 
@@ -55,9 +56,11 @@ def main() -> None:
         lens.write(found, np.arange(features).astype(str), Path(folder) / "table.parquet")
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     print(f"{cells} cells x {GENES} genes, {TERMS} terms, {features} features")
-    print(f"  ours      {cpu / features:.4f} CPU s, {wall / features:.4f} s a feature")
+    print(f"  {'ours':<15} {cpu / features:.4f} CPU s, {wall / features:.4f} s a feature")
     for name, seconds in peers(expression, z, sets, found).items():
-        print(f"  {name:<9} {seconds:.2f} CPU s a feature: {seconds / (cpu / features):.0f} x ours")
+        print(
+            f"  {name:<15} {seconds:.2f} CPU s a feature: {seconds / (cpu / features):.0f} x ours"
+        )
     if FLAGS.quick or not FLAGS.whole:
         return
     del expression, z, found
@@ -88,8 +91,15 @@ def peers(
     result = {"SciPy": genes + (time.process_time() - began) / some * TERMS}
     try:
         import gseapy
+        import scanpy
     except ImportError:
         return result
+    both = high | low
+    adata = scanpy.AnnData(expression.x[both])
+    adata.obs["group"] = pd.Categorical(np.where(high[both], "high", "low"))
+    began = time.process_time()
+    scanpy.tl.rank_genes_groups(adata, "group", groups=["high"], reference="low", method="t-test")
+    genes = time.process_time() - began
     named = {
         name: [str(g) for g in np.flatnonzero(row)]
         for name, row in zip(sets.names, membership, strict=True)
@@ -99,7 +109,7 @@ def peers(
         [str(g) for g in np.flatnonzero(chosen)], named, background=[str(g) for g in range(GENES)],
         outdir=None,
     )  # fmt: skip
-    return result | {"gseapy": genes + time.process_time() - began}
+    return result | {"scanpy + gseapy": genes + time.process_time() - began}
 
 
 def whole(rule: lens.Rule) -> None:
