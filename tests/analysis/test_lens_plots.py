@@ -197,7 +197,7 @@ def test_firing_bars_are_means_with_their_interval() -> None:
 def table_of_features() -> pd.DataFrame:
     rng = np.random.default_rng(3)
     kind = pd.Categorical(["local", "global"] * 20, ["local", "global", "dead"])
-    local = np.where(kind == "local", rng.choice(["a", "b"], 40), None)
+    local = np.where(kind == "local", rng.choice(["a", "b"], 40, p=[0.2, 0.8]), None)
     return pd.DataFrame(
         {"mean_activation": rng.random(40), "max_activation": 1 + rng.random(40),
          "n_active": rng.integers(1, 9, 40), "kind_text": kind,
@@ -231,6 +231,7 @@ def test_local_features_by_label_and_by_cells() -> None:
     expected = {name: int((local == name).sum()) for name in "abc"}
     assert expected["c"] == 0
     order = sorted("abc", key=lambda name: -expected[name])
+    assert order == ["b", "a", "c"]
     assert [bar.get_width() for bar in bars.patches] == [expected[name] for name in order]
     ticks = [text.get_text() for text in bars.get_yticklabels()]
     assert ticks == [f"{name}  {'abc'.index(name) + 1}" for name in order]
