@@ -5,6 +5,7 @@
 
 import importlib
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +54,32 @@ def load_model(
       **options: the reader's own.
 
     Raises:
-      InputError: no such model or folder, files that are missing, damaged or do not fit together.
+      InputError: no such model or folder, options that are unknown or missing, files that are
+        missing, damaged or do not fit together.
+    """
+    reader = find_reader(name)
+    known = options_of(reader)
+    if unknown := [option for option in options if option not in known]:
+        raise InputError(
+            f"{name} has no option {listed(unknown)}; it has {listed(known, 20) or 'none'}"
+        )
+    needed = [key for key, option in known.items() if option.default is option.empty]
+    if missing := [option for option in needed if option not in options]:
+        raise InputError(f"{name} needs the options {listed(missing)}")
+    if getattr(reader, "of_folder", True):
+        if not isinstance(checkpoint, str | Path):
+            raise InputError(f"{name} reads a folder, not a {type(checkpoint).__name__}")
+        checkpoint = Path(checkpoint)
+        if not checkpoint.is_dir():
+            raise InputError(f"the checkpoint {checkpoint} is not a folder")
+    return reader(checkpoint, device=device, dtype=dtype, **options)
+
+
+def find_reader(name: str) -> Callable[..., "Model"]:
+    """The class that `load_model` calls.
+
+    Raises:
+      InputError: no such model, or it cannot be imported.
     """
     if name not in MODELS and ":" not in name:
         raise InputError(f"there is no model '{name}'; there are {listed(MODELS, 20)}")
@@ -61,14 +87,17 @@ def load_model(
     if isinstance(reader, str):
         module, _, attribute = reader.partition(":")
         try:
-            reader = getattr(importlib.import_module(module), attribute)
+            return getattr(importlib.import_module(module), attribute)
         except (ImportError, AttributeError) as error:
             raise InputError(f"the model '{name}' cannot be imported: {error}") from None
-    known = list(inspect.signature(reader).parameters)[1:]
-    if unknown := [option for option in options if option not in known]:
-        raise InputError(f"{name} has no option {listed(unknown)}; it has {listed(known, 20)}")
-    if isinstance(checkpoint, str | Path):
-        checkpoint = Path(checkpoint)
-        if not checkpoint.is_dir():
-            raise InputError(f"the checkpoint {checkpoint} is not a folder")
-    return reader(checkpoint, device=device, dtype=dtype, **options)
+    return reader
+
+
+def options_of(reader: Callable[..., "Model"]) -> dict[str, inspect.Parameter]:
+    """What a reader takes beside its checkpoint, device and dtype, by name."""
+    _, *parameters = inspect.signature(reader).parameters.values()
+    return {
+        one.name: one
+        for one in parameters
+        if one.kind is not one.VAR_KEYWORD and one.name not in ("device", "dtype")
+    }
