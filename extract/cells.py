@@ -1,30 +1,44 @@
 """Expression of some cells out of an AnnData, in memory or on disk, and what it must be."""
 
+import dataclasses
+import types
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import anndata
 import h5py
 import numpy as np
+import pandas as pd
 import scipy.sparse
 import zarr
 
 from extract.errors import InputError, listed
 
+_BLOCK = 4096  # cells read at once
+
 
 class Expression:
-    """Rows of X or of a layer as CSR, read when asked for.
+    """Rows of X, of a layer or of raw as CSR, read when asked for.
+
+    Attributes:
+      where: which of these, for messages.
+      names: of the cells.
+      var: what the columns are; raw has its own.
+
+    Args:
+      layer: None for X, "raw" for `adata.raw`, else the name of a layer.
 
     Raises:
-      InputError: no such layer, no X, cell names that occur twice.
+      InputError: no such layer, no X, values that are no numbers, cell names that occur twice.
     """
 
     def __init__(self, adata: anndata.AnnData, layer: str | None) -> None:
-        self.where = "X" if layer is None else f"layers['{layer}']"
-        if layer is not None and layer not in adata.layers:
-            raise InputError(f"there is no {self.where}; layers: {listed(adata.layers, 20) or '-'}")
-        matrix = adata.X if layer is None else adata.layers[layer]
+        self.where, matrix, self.var = _source(adata, layer)
         if matrix is None:
             raise InputError("the file has no X; name the layer that holds the counts with counts=")
+        if matrix.dtype.kind not in "biuf":
+            raise InputError(f"{self.where} holds {matrix.dtype}, not numbers")
         self.names = [str(name) for name in adata.obs_names]
         if not adata.obs_names.is_unique:
             twice = adata.obs_names[adata.obs_names.duplicated()].unique()
@@ -33,8 +47,9 @@ class Expression:
                 "be told apart; call adata.obs_names_make_unique() first"
             )
         if isinstance(matrix, scipy.sparse.spmatrix | scipy.sparse.sparray):
-            matrix = scipy.sparse.csr_matrix(matrix)
+            matrix = scipy.sparse.csr_matrix(_computable(matrix))
         self._matrix: Any = matrix
+        self._chosen: np.ndarray | None = getattr(adata, "chosen", None)
 
     def rows(self, which: slice | np.ndarray) -> scipy.sparse.csr_matrix:
         """Values [cells, columns], explicit zeros dropped.
@@ -42,11 +57,12 @@ class Expression:
         Raises:
           InputError: NaN, infinite or negative values.
         """
-        if isinstance(which, np.ndarray) and len(which) and np.all(np.diff(which) == 1):
-            which = slice(int(which[0]), int(which[-1]) + 1)  # which files read faster
-        dense = isinstance(self._matrix, zarr.Array) and not isinstance(which, slice)
+        at = which if self._chosen is None else self._chosen[which]
+        if isinstance(at, np.ndarray) and len(at) and np.all(np.diff(at) == 1):
+            at = slice(int(at[0]), int(at[-1]) + 1)  # which files read faster
+        dense = isinstance(self._matrix, zarr.Array) and not isinstance(at, slice)
         block = scipy.sparse.csr_matrix(
-            self._matrix.oindex[which] if dense else self._matrix[which]
+            _computable(self._matrix.oindex[at] if dense else self._matrix[at])
         )
         block.sum_duplicates()
         block.eliminate_zeros()
@@ -61,6 +77,39 @@ class Expression:
                 "another layer with counts="
             )
         return block
+
+    def all_rows(self) -> Iterator[scipy.sparse.csr_matrix]:
+        """Every cell's values, some thousands of cells at a time."""
+        for start in range(0, len(self.names), _BLOCK):
+            yield self.rows(slice(start, start + _BLOCK))
+
+
+def _source(adata: anndata.AnnData, layer: str | None) -> tuple[str, Any, pd.DataFrame]:
+    """How it is called, the matrix, and what its columns are."""
+    if layer is None:
+        return "X", adata.X, adata.var
+    where = f"layers['{layer}']"
+    raw = adata.raw if layer == "raw" else None
+    if raw is not None and layer in adata.layers:
+        raise InputError(f"counts='raw' may be adata.raw or {where}: rename the layer")
+    if raw is not None:
+        return "raw", raw.X, raw.var
+    if layer not in adata.layers:
+        neither = "raw, and no " if layer == "raw" else ""
+        there = listed(adata.layers, 20) or "none"
+        raise InputError(f"there is no {neither}{where}; layers: {there}")
+    return where, adata.layers[layer], adata.var
+
+
+def _computable(matrix: Any) -> Any:
+    """Float16, which SciPy does not know, as float32."""
+    return matrix.astype(np.float32) if matrix.dtype == np.float16 else matrix
+
+
+def check_values(block: scipy.sparse.csr_matrix, wanted: str, where: str, what: str) -> None:
+    """`check_counts` or `check_log1p`, as `wanted` says: "counts", "log1p", or "any", no check."""
+    if wanted != "any":
+        {"counts": check_counts, "log1p": check_log1p}[wanted](block, where, what)
 
 
 def check_counts(block: scipy.sparse.csr_matrix, where: str, what: str) -> None:
@@ -91,18 +140,22 @@ def check_log1p(block: scipy.sparse.csr_matrix, where: str, what: str) -> None:
 def open_backed(path: str, layer: str | None) -> anndata.AnnData:
     """obs and var of an h5ad or zarr file in memory, X (or the one layer) left on disk.
 
+    Args:
+      layer: as `Expression` takes it, "raw" included.
+
     Raises:
       InputError: not such a file, or a damaged one.
     """
     try:
-        store = zarr.open_group(path, mode="r") if ".zarr" in path else h5py.File(path, "r")
-        obs, var = anndata.io.read_elem(store["obs"]), anndata.io.read_elem(store["var"])
-        if layer is not None and layer not in store.get("layers", {}):
-            there = listed(store.get("layers", {}), 20) or "none"
-            raise InputError(f"{path} has no layers['{layer}']; layers: {there}")
-        node = store.get("X") if layer is None else store["layers"][layer]
+        store = _opened(Path(path))
+        obs, var = _table(store["obs"]), _table(store["var"])
+        raw = store.get("raw") if layer == "raw" else None
+        if raw is not None:
+            raw = types.SimpleNamespace(X=raw["X"], var=_table(raw["var"]))
+        lazy = _Lazy(obs, var, store.get("X"), store.get("layers", {}), raw)
+        where, node, var = _source(lazy, layer)
         if node is None:
-            raise InputError(f"{path} has no X; name the layer with the counts by --counts")
+            raise InputError("it has no X; name the layer with the counts by --counts")
         kind = node.attrs.get("encoding-type", "array")
         if kind == "csc_matrix":
             matrix = anndata.io.read_elem(node)  # rows of a column store cannot be read alone
@@ -110,48 +163,125 @@ def open_backed(path: str, layer: str | None) -> anndata.AnnData:
             matrix = anndata.io.sparse_dataset(node) if kind == "csr_matrix" else node
         if matrix.shape != (len(obs), len(var)):
             raise InputError(
-                f"{path}: {'X' if layer is None else layer} is {matrix.shape}, obs has {len(obs)} "
-                f"rows and var {len(var)}"
+                f"{where} is {matrix.shape}, for {len(obs)} rows of obs and {len(var)} of var"
             )
-    except InputError:
-        raise
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
     except Exception as error:  # h5py, zarr and anndata raise a dozen kinds for a bad file
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{path} cannot be read as an AnnData file: {reason}") from None
-    here = anndata.AnnData(obs=obs, var=var)
-    if layer is None:
-        return _Lazy(here, matrix, {})
-    return _Lazy(here, None, {layer: matrix})
+    if where == "raw":
+        raw.X = matrix
+        return _Lazy(obs, lazy.var, None, {}, raw)
+    return _Lazy(obs, var, *((matrix, {}) if layer is None else (None, {layer: matrix})))
 
 
+def _opened(path: Path) -> Any:
+    """The root of a zarr store, which is a folder, or of an HDF5 file."""
+    if not path.exists():
+        raise InputError("there is no such file")
+    if path.is_dir():
+        try:
+            return zarr.open_group(path, mode="r")
+        except FileNotFoundError:
+            raise InputError("a folder, but no zarr store; name the .h5ad file in it") from None
+    if not h5py.is_hdf5(path):
+        raise InputError("no HDF5 file, or a truncated one; an .h5ad or .zarr is wanted")
+    return h5py.File(path, "r")
+
+
+def _table(node: Any) -> pd.DataFrame:
+    table = anndata.io.read_elem(node)
+    return table.set_index(table.index.astype(str))
+
+
+@dataclasses.dataclass(frozen=True)
 class _Lazy:
-    """An AnnData's obs and var beside matrices on disk (an AnnData itself refuses zarr arrays)."""
+    """An AnnData's obs and var beside matrices on disk (an AnnData itself refuses zarr arrays).
 
-    def __init__(self, frame: anndata.AnnData, x: Any, layers: dict[str, Any]) -> None:
-        self.obs, self.var = frame.obs, frame.var
-        self.obs_names, self.var_names = frame.obs_names, frame.var_names
-        self.n_obs, self.n_vars = frame.n_obs, frame.n_vars
-        self.X, self.layers = x, layers
+    Attributes:
+      chosen: the rows of the matrices that obs has, int64 [cells]; None: all of them.
+    """
+
+    obs: pd.DataFrame
+    var: pd.DataFrame
+    X: Any
+    layers: Mapping[str, Any]
+    raw: Any = None
+    chosen: np.ndarray | None = None
+
+    @property
+    def obs_names(self) -> pd.Index:
+        return self.obs.index
+
+    @property
+    def var_names(self) -> pd.Index:
+        return self.var.index
+
+    @property
+    def n_obs(self) -> int:
+        return len(self.obs)
+
+    @property
+    def n_vars(self) -> int:
+        return len(self.var)
 
 
-def log1p_per_10k(block: scipy.sparse.csr_matrix) -> scipy.sparse.csr_matrix:
-    """log(1 + count / total * 1e4), the total over all columns of the cell."""
-    totals = np.asarray(block.sum(axis=1), np.float64).ravel()
+def restrict(adata: anndata.AnnData, rows: np.ndarray) -> anndata.AnnData:
+    """Some cells of an AnnData, or of what `open_backed` gave, whose matrices stay on disk.
+
+    What a plan computes over cells (variable genes) it then computes over these alone.
+
+    Args:
+      rows: positions, int64 [cells], ascending: files read in no other order.
+    """
+    if not isinstance(adata, _Lazy):
+        return adata[rows]
+    chosen = rows if adata.chosen is None else adata.chosen[rows]
+    return dataclasses.replace(adata, obs=adata.obs.iloc[rows], chosen=chosen)
+
+
+def log1p_per_10k(block: scipy.sparse.csr_matrix, totals: np.ndarray) -> scipy.sparse.csr_matrix:
+    """log(1 + count / total * 1e4), the total that of the cell in `totals` [cells]."""
     block = block.astype(np.float64)
     block.data *= np.repeat(1e4 / np.where(totals > 0, totals, 1), np.diff(block.indptr))
     np.log1p(block.data, out=block.data)
     return block
 
 
-def highly_variable(log_values: scipy.sparse.csr_matrix, n: int) -> np.ndarray:
-    """Ascending positions of the n genes that vary most, by scanpy (flavor seurat)."""
+def totals_of(block: scipy.sparse.csr_matrix) -> np.ndarray:
+    """Sums over all columns of each cell, float64 [cells]."""
+    return np.asarray(block.sum(axis=1, dtype=np.float64)).ravel()
+
+
+def highly_variable(values: scipy.sparse.csr_matrix, n: int, flavor: str) -> np.ndarray:
+    """Ascending positions of exactly the n genes that vary most over `values` [cells, genes].
+
+    Args:
+      flavor: of `scanpy.pp.highly_variable_genes`: "seurat_v3" of raw counts, "seurat" of log1p
+        values. Equal genes go by position.
+
+    Raises:
+      InputError: a library that is missing, too few cells for the fit.
+    """
     try:
         import scanpy
+
+        found = scanpy.pp.highly_variable_genes(
+            anndata.AnnData(values.astype(np.float32)), n_top_genes=n, flavor=flavor, inplace=False
+        )
     except ImportError:
-        raise InputError("hvg needs scanpy: pip install 'sae-jax[single-cell]'") from None
-    if not 0 < n <= log_values.shape[1]:
-        raise InputError(f"hvg must be in 1 .. {log_values.shape[1]} genes, not {n}")
-    found = scanpy.pp.highly_variable_genes(
-        anndata.AnnData(log_values.astype(np.float32)), n_top_genes=n, inplace=False
-    )
-    return np.flatnonzero(found["highly_variable"].to_numpy())
+        raise InputError(
+            "hvg needs scanpy, and scikit-misc for hvg_flavor='seurat_v3': "
+            "pip install 'sae-jax[single-cell]'"
+        ) from None
+    except Exception as error:  # the local regression has errors of its own for too few values
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"hvg: scanpy's {flavor} fails on these {values.shape[0]} cells x {values.shape[1]} "
+            f"genes ({reason}); take more cells, or name the genes by gene_list="
+        ) from None
+    # Its own mark has more genes than asked for where values tie.
+    column = {"seurat_v3": "variances_norm", "seurat": "dispersions_norm"}[flavor]
+    score = found[column].fillna(-np.inf).to_numpy()
+    return np.sort(np.argsort(-score, kind="stable")[:n])

@@ -20,6 +20,8 @@ import torch
 
 from extract.errors import InputError, listed
 
+_LARGEST_JSON = 2**28  # bytes; the largest of the authors', of a vocabulary, has some millions
+
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """A flat state_dict of a `.safetensors` or torch file, on the CPU.
@@ -233,13 +235,17 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object.
 
     Raises:
-      InputError: no such file, not JSON, not an object.
+      InputError: no such file, more than 256 MiB, not JSON, not an object.
     """
     _must_exist(path)
+    if (size := path.stat().st_size) > _LARGEST_JSON:
+        raise InputError(
+            f"{path} has {size / 2**20:.0f} MiB: too much for settings or a dictionary of genes"
+        )
     try:
         found = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise InputError(f"{path} is no JSON: {error}") from None
+    except (ValueError, RecursionError, OSError) as error:
+        raise InputError(f"{path} is no JSON: {_reason(error)}") from None
     if not isinstance(found, dict):
         raise InputError(f"{path} holds a {type(found).__name__}, not an object")
     return found

@@ -3,15 +3,18 @@
 import abc
 import dataclasses
 import logging
+import re
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 import anndata
 import numpy as np
+import pandas as pd
 import torch
 
 from extract.errors import InputError, listed
+from extract.tokens import token_table
 
 LATENT, EMBEDDING = "latent", "embedding"
 Layer = int | str
@@ -40,17 +43,19 @@ class Inputs(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Cells and genes checked against a model; no expression has been read yet.
+    """Cells and genes checked against a model; expression is read by `read` alone.
 
     Attributes:
       names: of the cells, in the file's order.
       read: rows (a slice or positions) -> Inputs; each cell's depend on that cell alone.
       settings: all of the preprocessing, for provenance, in JSON's types.
+      cls: whether a cell that is a sequence begins with <cls>.
     """
 
     names: list[str]
     read: Callable[[slice | np.ndarray], Any]
     settings: dict[str, Any]
+    cls: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,16 +108,23 @@ class Model(abc.ABC):
       poolings: hidden states of a cell to its row(s); the first is what the authors export.
       outputs: what `run` can give beside hidden states, and of what a row is: "token" or "cell".
       checkpoint: SHA-256 of the weights, by file.
+      naming: what its genes are named by: "symbol", "ensembl", or "any".
+      values: what it wants of expression by default: "counts", "log1p", or "any".
+      of_folder: whether its checkpoint is a folder, rather than a Python object.
     """
 
     name: ClassVar[str]
     poolings: ClassVar[tuple[str, ...]]
+    of_folder: ClassVar[bool] = True
+    naming: str = "any"
+    values: str = "any"
     outputs: Mapping[str, str] = types.MappingProxyType({})
     genes: list[str]
     n_layers: int
     d_model: int
     device: torch.device
     checkpoint: dict[str, str]
+    _most_cells: int | None = None  # of a batch, since memory ran out
 
     @property
     def default_layer(self) -> Layer:
@@ -129,7 +141,27 @@ class Model(abc.ABC):
         min_gene_coverage: float = 0.5,
         **preprocessing: Any,
     ) -> Plan:
-        """Check names, genes and keywords; see the reader for its preprocessing."""
+        """Check names, genes and keywords; see the reader for its preprocessing.
+
+        `adata` has the cells wanted and no others (`cells.restrict`): what a reader computes over
+        cells, such as variable genes, it computes over all that are there.
+        """
+
+    def check(  # noqa: B027 - nothing to refuse where a cell is one vector
+        self, plan: Plan, pooling: str, tokens: str = "all", outputs: Sequence[str] = ()
+    ) -> None:
+        """Refuse what the cells of `plan` cannot give; nothing is read or computed for it.
+
+        `embed` and `run` call it. So must whoever reads and evaluates block by block, after `plan`.
+
+        Args:
+          pooling: of `poolings`.
+          tokens: those to be edited, as in `run`.
+          outputs: of the model's `outputs`.
+
+        Raises:
+          InputError: one of these needs a <cls> token, and cells have none.
+        """
 
     @abc.abstractmethod
     def forward(
@@ -157,6 +189,8 @@ class Model(abc.ABC):
             return self.all_layers
         some = [layers] if isinstance(layers, int | str) else list(layers)
         there = self.all_layers
+        if not some:
+            raise InputError(f"layers is empty; {self.name} has {listed(there, 50)}")
         found: list[Layer] = []
         for layer in some:
             if isinstance(layer, int | np.integer) and -self.n_layers <= layer < 0:
@@ -201,9 +235,9 @@ class Model(abc.ABC):
             None: what the authors export.
           pooling: one of `poolings`; None: the first, the authors' own.
           genes: the column of var with the model's gene names; None: var_names.
-          counts: the layer that holds the expression; None: X.
+          counts: the layer that holds the expression; None: X; "raw": `adata.raw`, with its genes.
           batch_size: cells of like length that run together; no result depends on it but by
-            rounding (1e-6). Halved when memory runs out.
+            rounding (1e-6). Halved when memory runs out, for later calls too.
           empty_cells: "refuse", or "nan" for a row of NaN, where no gene of the model is expressed.
           min_gene_coverage: the share of genes found by name, under which it is refused.
           **preprocessing: the reader's own keywords; their defaults are official.
@@ -212,9 +246,8 @@ class Model(abc.ABC):
           InputError: whatever of the input does not fit; before anything is computed.
         """
         layers, pooling = self.resolve(layers), self.pooling(pooling)
-        plan = self.plan(adata, genes, counts, min_gene_coverage=min_gene_coverage, **preprocessing)
-        inputs = plan.read(slice(None))
-        refuse_empty(inputs.empty, plan.names, empty_cells)
+        preprocessing["min_gene_coverage"] = min_gene_coverage
+        _, inputs = self._inputs(adata, genes, counts, preprocessing, empty_cells, pooling)
         return self.evaluate(inputs, layers, pooling, batch_size=batch_size).hidden
 
     def run(
@@ -246,7 +279,8 @@ class Model(abc.ABC):
           outputs: of the model's `outputs`.
 
         Raises:
-          InputError: as `embed`; an `edit` that returns another shape or NaN.
+          InputError: as `embed`; an `edit` that returns another shape or NaN, or of a layer after
+            all that are asked for, without outputs: it would change nothing.
         """
         (layer,), layers = self.resolve(layer), self.resolve(layers)
         pooling = self.pooling(pooling)
@@ -254,24 +288,54 @@ class Model(abc.ABC):
             raise InputError(
                 f"{self.name} has no output {listed(unknown)}; it has {listed(self.outputs) or '-'}"
             )
-        plan = self.plan(adata, genes, counts, min_gene_coverage=min_gene_coverage, **preprocessing)
-        inputs = plan.read(slice(None))
-        refuse_empty(inputs.empty, plan.names, empty_cells)
+        position = self.all_layers.index
+        if edit is not None and not outputs and position(layer) > max(map(position, layers)):
+            raise InputError(
+                f"edit is of layer {layer}, and layers {listed(layers)} come before it: ask for "
+                "later layers, or for outputs"
+            )
         edited = None if edit is None else Edited(layer, edit, tokens)
+        preprocessing["min_gene_coverage"] = min_gene_coverage
+        _, inputs = self._inputs(
+            adata, genes, counts, preprocessing, empty_cells, pooling, tokens, outputs
+        )
         return self.evaluate(inputs, layers, pooling, edited, outputs, batch_size=batch_size)
+
+    def tokens(
+        self,
+        adata: anndata.AnnData,
+        genes: str | None = None,
+        counts: str | None = None,
+        *,
+        empty_cells: str = "refuse",
+        **preprocessing: Any,
+    ) -> pd.DataFrame:
+        """What the rows of pooling "tokens" are: columns `cell` and `gene`, names, a row each.
+
+        Args as those of `embed`.
+
+        Raises:
+          InputError: a model without tokens; as `embed`.
+        """
+        pooling = self.pooling("tokens")
+        plan, inputs = self._inputs(adata, genes, counts, preprocessing, empty_cells, pooling)
+        return token_table(plan.names, inputs.rows(pooling), inputs.gene_ids(), self.gene_names)
 
     def _inputs(
         self,
         adata: anndata.AnnData,
         genes: str | None,
         counts: str | None,
+        preprocessing: dict[str, Any],
         empty_cells: str,
-        options: dict[str, Any],
-    ) -> Any:
-        plan = self.plan(adata, genes, counts, **options)
+        *wanted: Any,
+    ) -> tuple[Plan, Any]:
+        """The plan, and the inputs of every cell; `wanted` is what `check` takes."""
+        plan = self.plan(adata, genes, counts, **preprocessing)
+        self.check(plan, *wanted)
         inputs = plan.read(slice(None))
         refuse_empty(inputs.empty, plan.names, empty_cells)
-        return inputs
+        return plan, inputs
 
     def evaluate(
         self,
@@ -287,8 +351,7 @@ class Model(abc.ABC):
 
         Empty cells have NaN rows (under "tokens": none).
         """
-        if batch_size < 1:
-            raise InputError(f"batch_size must be at least 1, not {batch_size}")
+        batch_size = whole_number("batch_size", batch_size, 1)
         per_cell = {"cell": np.ones(len(inputs.lengths), np.int64), "row": inputs.rows(pooling)}
         if outputs:
             per_cell["token"] = inputs.rows("tokens")
@@ -326,15 +389,17 @@ class Model(abc.ABC):
         order = order[~inputs.empty[order]]
         at = 0
         while at < len(order):
-            cells = order[at : at + size]
+            cells = order[at : at + min(size, self._most_cells or size)]
+            done = None
             try:
                 with torch.inference_mode():
                     done = work(inputs.take(cells))
-            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                if not _out_of_memory(error) or size == 1:
+            except (MemoryError, RuntimeError) as error:
+                if not _out_of_memory(error) or len(cells) == 1:
                     raise
-                size = max(1, len(cells) // 2)
-                logging.warning("out of memory: batches of %d cells from here on", size)
+            if done is None:  # here the error holds no tensor of the failed batch any more
+                self._most_cells = len(cells) // 2
+                logging.warning("out of memory: batches of %d cells from now on", self._most_cells)
                 if self.device.type == "cuda":
                     torch.cuda.empty_cache()
                 continue
@@ -343,9 +408,10 @@ class Model(abc.ABC):
 
 
 def _out_of_memory(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        "not enough memory" in str(error) or "out of memory" in str(error).lower()
-    )
+    """Whether it is that; PyTorch says so of its CPU memory in the words of the system."""
+    words = r"(out of|not enough|can't allocate|cannot allocate) memory"
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or bool(re.search(words, str(error), re.IGNORECASE))
 
 
 def refuse_empty(empty: np.ndarray, names: Sequence[str], rule: str) -> None:
@@ -366,6 +432,17 @@ def only_known(given: dict[str, Any], known: Sequence[str], name: str) -> None:
         raise InputError(
             f"{name} has no preprocessing {listed(unknown)}; it has {listed(known, 30) or 'none'}"
         )
+
+
+def whole_number(name: str, value: Any, least: int) -> int:
+    """`value`, a keyword of that name.
+
+    Raises:
+      InputError: no whole number, or one below `least`.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+        raise InputError(f"{name} must be a whole number, at least {least}, not {value!r}")
+    return int(value)
 
 
 def device_of(name: str) -> torch.device:

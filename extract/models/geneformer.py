@@ -10,12 +10,12 @@ import numpy as np
 import torch
 import transformers
 
-from extract.cells import Expression, check_counts
-from extract.checkpoints import dtype_of, load_into, read_weights, sha256
+from extract.cells import Expression, check_values, totals_of
+from extract.checkpoints import dtype_of, load_into, read_json, read_weights, sha256
 from extract.errors import InputError, listed
 from extract.genes import align
-from extract.models.base import EMBEDDING, Edited, Layer, Plan, device_of, only_known
-from extract.models.geneformer_tokens import read_json, read_vocabulary
+from extract.models.base import EMBEDDING, Edited, Layer, Plan, device_of, only_known, whole_number
+from extract.models.geneformer_tokens import read_vocabulary
 from extract.models.sequences import Batch, SequenceModel, Sequences, Visit
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -36,7 +36,7 @@ class Geneformer(SequenceModel):
       dictionaries: the folder of the authors' dictionaries, JSON or pickle (no code in a pickle
         runs); None: the checkpoint's, or `dictionaries` in it. Of several the ones that fit.
       token_dictionary, gene_median, ensembl_mapping, gene_name_id: files, instead of those found.
-        The last two need not be there.
+        The last two need not be there. Those beside a token dictionary that is named come first.
 
     Raises:
       InputError: files that are missing, damaged, refused or do not fit together.
@@ -45,6 +45,8 @@ class Geneformer(SequenceModel):
     name = "geneformer"
     poolings: ClassVar[tuple[str, ...]] = ("mean", "cls", "mean_with_special", "tokens")
     outputs = types.MappingProxyType({"logits": "token"})
+    naming = "ensembl"
+    values = "counts"
 
     def __init__(
         self,
@@ -139,35 +141,33 @@ class Geneformer(SequenceModel):
         words, special = self._vocabulary, self._n_special
         if naming not in ("ensembl", "symbol"):
             raise InputError(f"naming must be ensembl or symbol, not '{naming}'")
-        if max_length is None:
-            max_length = self.max_length
-        if not 2 * special < max_length <= self.max_length:
+        max_length = self.max_length if max_length is None else max_length
+        if whole_number("max_length", max_length, 2 * special + 1) > self.max_length:
             raise InputError(
-                f"max_length must be in {2 * special + 1} .. {self.max_length}, not {max_length}"
+                f"max_length must be at most {self.max_length}, the model's most, not {max_length}"
             )
         known, translate = words.by_id() if naming == "ensembl" else words.by_symbol()
-        kinds = {"ensembl": 'Ensembl ids, or symbols by naming="symbol"', "symbol": "symbols"}
+        kinds = {"ensembl": 'Ensembl id, or gene symbol by naming="symbol"', "symbol": "symbol"}
+        expression = Expression(adata, counts)
         alignment = align(
-            adata,
+            expression,
             genes,
             known,
             n_genes=len(self.genes),
-            of="file",
+            of="smaller",
             min_coverage=min_gene_coverage,
             naming=kinds[naming],
             duplicates=duplicates,
             translate=translate,
         )
-        expression = Expression(adata, counts)
         if n_counts is None and "n_counts" in adata.obs:
             n_counts = "n_counts"
         given = None if n_counts is None else _totals(adata, n_counts)
 
         def read(which: slice | np.ndarray) -> Sequences:
             block = expression.rows(which)
-            check_counts(block, expression.where, "Geneformer")
-            block = block.astype(np.float64)  # sums of narrow integers would wrap around
-            totals = np.asarray(block.sum(axis=1)).ravel()
+            check_values(block, self.values, expression.where, "Geneformer")
+            totals = totals_of(block)
             if given is not None:
                 without = (given[which] == 0) & (totals > 0)
                 if without.any():
@@ -177,7 +177,7 @@ class Geneformer(SequenceModel):
                         f"({listed(cells)})"
                     )
                 totals = given[which]
-            chosen = alignment.select(block)
+            chosen = alignment.select(block.astype(np.float64))
             ids = words.rank(chosen, totals, max_length)
             return Sequences(ids, None, special, special, np.diff(chosen.indptr) == 0)
 
@@ -195,7 +195,7 @@ class Geneformer(SequenceModel):
             "dictionaries": words.files,
             "coverage": alignment.describe(),
         }
-        return Plan(expression.names, read, settings)
+        return Plan(expression.names, read, settings, cls=words.cls is not None)
 
     @property
     def _n_special(self) -> int:
@@ -235,8 +235,7 @@ class Geneformer(SequenceModel):
 
 def _read_config(path: Path) -> transformers.BertConfig:
     found = read_json(path)
-    if not isinstance(found, dict) or found.get("model_type") != "bert":
-        kind = found.get("model_type") if isinstance(found, dict) else type(found).__name__
+    if (kind := found.get("model_type")) != "bert":
         raise InputError(f"{path} is of a model '{kind}'; Geneformer is a 'bert'")
     try:
         return transformers.BertConfig.from_dict(found, attn_implementation="sdpa")

@@ -2,8 +2,8 @@
 
 import dataclasses
 import itertools
-import json
 import operator
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import scipy.sparse
 
-from extract.checkpoints import read_pickle, sha256
+from extract.checkpoints import read_json, read_pickle, sha256
 from extract.errors import InputError, listed
 
 # Each dictionary by the option that names its file, which its file's name contains, too; with the
@@ -23,6 +23,7 @@ OFFICIAL = {
     "gene_name_id": "gene_name_id_dict",
 }
 _SUFFIXES = (".json", ".pkl", ".pickle")  # of equal content: what anyone can read comes first
+_GENERATION = re.compile(r"_gc\d+M")  # the corpus that a dictionary was made of: _gc30M, _gc104M
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,16 +115,21 @@ def read_vocabulary(
 
     Args:
       folders: where to look, for names that contain those of `OFFICIAL`.
-      given: files named by the user, by option; they win.
+      given: files named by the user, by option; they win. Beside the token dictionary among them
+        the others are looked for first.
 
     Raises:
-      InputError: dictionaries that are missing, do not fit, are damaged or more than one.
+      InputError: dictionaries that are missing, do not fit, are damaged, more than one, or of
+        different generations (_gc30M, _gc104M) unless all of them were named.
     """
+    beside = [Path(file).parent] if (file := given.get("token_dictionary")) else []
     paths = {
-        option: [Path(file)] if (file := given.get(option)) else _candidates(folders, option)
+        option: [Path(file)]
+        if (file := given.get(option))
+        else _candidates(beside, option) or _candidates(folders, option)
         for option in OFFICIAL
     }
-    chosen = {}
+    chosen: dict[str, Path] = {}
     chosen["token_dictionary"], ids = _fitting(paths["token_dictionary"], folders, vocab_size)
     # Dictionaries of one generation share the end of their names: _gc104M.
     tag = chosen["token_dictionary"].stem.partition(OFFICIAL["token_dictionary"])[2]
@@ -131,7 +137,14 @@ def read_vocabulary(
         if paths[option]:
             chosen[option] = _the_one(paths[option], option, tag)
     if "gene_median" not in chosen:
-        raise InputError(_missing("gene_median", folders))
+        raise InputError(_missing("gene_median", [*beside, *folders]))
+    generations = {tag for path in chosen.values() for tag in _GENERATION.findall(path.stem)}
+    if len(generations) > 1 and not all(given.get(option) for option in chosen):
+        raise InputError(
+            f"{listed(chosen.values())} are of different generations "
+            f"({listed(sorted(generations))}): keep those of one, or, if it is meant, name each "
+            f"file: {', '.join(f'{option}=' for option in chosen)}"
+        )
 
     def table(option: str, kind: Callable[[Any], Any]) -> dict[str, Any] | None:
         return _read(chosen[option], kind) if option in chosen else None
@@ -240,15 +253,3 @@ def _read(path: Path, kind: Callable[[Any], Any]) -> dict[str, Any]:
         return {name: kind(value) for name, value in found.items()}
     except (TypeError, ValueError) as error:
         raise InputError(f"{path} is no dictionary for this use: {error}") from None
-
-
-def read_json(path: Path) -> Any:
-    """What a JSON file holds.
-
-    Raises:
-      InputError: no such file, or damage.
-    """
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as JSON: {error}") from None

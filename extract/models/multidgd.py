@@ -5,7 +5,6 @@ There is no encoder: a cell that the model was not fitted on has no representati
 """
 
 import itertools
-import json
 import types
 import warnings
 from collections.abc import Mapping, Sequence
@@ -17,9 +16,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-from extract.checkpoints import load_into, read_weights, sha256
+from extract.checkpoints import load_into, read_json, read_weights, sha256
 from extract.errors import InputError, listed
-from extract.models.base import Edited, Layer, Model, Plan, device_of, only_known
+from extract.models.base import Edited, Layer, Model, Plan, device_of, only_known, whole_number
 from extract.models.vectors import CHUNK, Vectors, check_latents, edit_all
 
 # The names of the weights with the representations of a split, and with its covariate latents.
@@ -122,7 +121,7 @@ class MultiDGD(Model):
         self.modalities: list[str] = list(settings["modalities"])
         self.n_features = _features(settings, json_path)
         self.covariates: list[str] = list(settings.get("correction_variable") or [])
-        self.d_model = int(settings["latent_dimension"])
+        self.d_model = settings["latent_dimension"]
         self.genes = self._gene_names(genes)
         self.cells, self._latents, self._covariates = self._representations(weights, path, obs_path)
         decoder = _Decoder(self.d_model + self._covariates.shape[1], self.n_features, settings)
@@ -347,15 +346,12 @@ def _only(folder: Path, pattern: str) -> Path:
 
 
 def _hyperparameters(path: Path) -> dict[str, Any]:
-    try:
-        settings = json.loads(path.read_text())
-    except ValueError as error:
-        raise InputError(f"{path} is no JSON: {error}") from None
-    wanted = ("latent_dimension", "n_hidden", "n_hidden_modality", "n_units", "modalities")
-    if not isinstance(settings, dict):
-        raise InputError(f"{path} holds a {type(settings).__name__}, not hyper-parameters")
-    if lacking := [key for key in wanted if settings.get(key) is None]:
+    settings = read_json(path)
+    numbers = ("latent_dimension", "n_hidden", "n_hidden_modality", "n_units")
+    if lacking := [key for key in (*numbers, "modalities") if settings.get(key) is None]:
         raise InputError(f"{path} lacks {listed(lacking)}")
+    for key in numbers:
+        whole_number(f"{path}: {key}", settings[key], 0)
     return settings
 
 

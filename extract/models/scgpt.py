@@ -7,7 +7,7 @@ No positions, no final norm, LayerNorm eps 1e-5, pads masked as keys.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +22,21 @@ from extract import cells, checkpoints
 from extract.errors import InputError, listed
 from extract.genes import Alignment, align
 from extract.models import scgpt_tokens
-from extract.models.base import EMBEDDING, Layer, Plan, device_of, only_known
+from extract.models.base import EMBEDDING, Layer, Plan, device_of, only_known, whole_number
 from extract.models.sequences import Batch, SequenceModel, Sequences, Visit
 
 _HIGHEST_VALUE = 512
+# What is supported of args.json; `input_style` are the `values` that a model was trained on.
+_STYLES = {"input_style": ("binned", "log1p"), "input_emb_style": ("continuous",)}
+# What `values` want of the expression they are made of.
+_WANTED = {"binned": "any", "log1p": "counts", "given": "log1p"}
 _PREPROCESSING: dict[str, Any] = {
-    "values": "binned",
+    "values": None,
     "n_bins": None,
     "select": "random",
     "max_length": 1200,
     "hvg": None,
+    "hvg_flavor": None,
     "gene_list": None,
     "include_zeros": False,
     "order": "file",
@@ -156,12 +161,16 @@ class ScGPT(SequenceModel):
 
     name = "scgpt"
     poolings = ("cls", "cls_raw", "mean", "mean_with_cls", "tokens")
+    cls_outputs = ("mvc",)
+    naming = "symbol"
 
     def __init__(self, folder: Path, *, device: str = "cpu", dtype: str = "float32") -> None:
         self.device = device_of(device)
         self.args = _read_args(folder / "args.json")
         self.vocabulary = _read_vocabulary(folder / "vocab.json", self.args["pad_token"])
-        self.genes = [name for name in self.vocabulary if not _special(name)]
+        self.token_names = sorted(self.vocabulary, key=self.vocabulary.__getitem__)
+        self.genes = [name for name in self.token_names if not _special(name)]
+        self.values = _WANTED[self.args["input_style"]]
         self.n_layers, self.d_model = self.args["nlayers"], self.args["embsize"]
         self.pad_id = self.vocabulary[self.args["pad_token"]]
         self.pad_value = self.args["pad_value"]
@@ -199,19 +208,23 @@ class ScGPT(SequenceModel):
 
         Args:
           values: "binned": digits 1 .. n_bins - 1 by the cell's own quantiles, of counts or of any
-            monotone function of them (official). "log1p": log(1 + count / total * 1e4), computed
-            from raw counts, the total over all columns of the file. "given": X is that already.
+            monotone function of them. "log1p": log(1 + count / total * 1e4), computed from raw
+            counts, the total over all columns of the file. "given": X is that already. None: what
+            the checkpoint was trained on, "binned" of all that the authors published.
           n_bins: None takes the checkpoint's.
           select: what stays when a cell has more genes than fit: "random" (official), "top", or
             "all", which cuts nothing.
           max_length: tokens a cell, <cls> included.
-          hvg: the number of highly variable genes (scanpy, flavor seurat) that are candidates at
-            all; gene_list: names of candidates, instead.
+          hvg: the number of highly variable genes, over the cells of `adata`, that are candidates
+            at all; gene_list: names of candidates, instead.
+          hvg_flavor: scanpy's: "seurat_v3", of raw counts (official), or "seurat", of log1p values,
+            computed from counts but for values="given", where it is the default.
           include_zeros: genes that a cell does not express are tokens too, of value 0.
           order: "file", the columns' (official), or "descending" by value.
           cls, cls_value: whether <cls> comes first, and its value; None is the pad value, -2
             (`embed_data`; the authors' tokenize_and_pad_batch gives it 0).
-          duplicates: "refuse", or "sum": columns of one gene.
+          duplicates: columns of one gene are refused ("refuse") or, if they are counts, added up
+            before anything else ("sum").
           seed: of ties in binning and of select="random", with the cell's name.
 
         Raises:
@@ -219,34 +232,33 @@ class ScGPT(SequenceModel):
             not what `values` wants.
         """
         only_known(preprocessing, list(_PREPROCESSING), self.name)
-        settings = _check({**_PREPROCESSING, **preprocessing}, self.args["n_bins"])
-        if settings["cls_value"] is None:
-            settings["cls_value"] = self.pad_value
+        settings = _check({**_PREPROCESSING, **preprocessing}, self.args)
         expression = cells.Expression(adata, counts)
-        known = {name: self.vocabulary[name] for name in self.genes}
+        known = {name: i for i, name in enumerate(self.genes)}
         alignment = align(
-            adata, genes, known, n_genes=len(self.vocabulary), of="file",
-            min_coverage=min_gene_coverage, naming="symbol", duplicates=settings["duplicates"],
+            expression, genes, known, n_genes=len(known), of="smaller",
+            min_coverage=min_gene_coverage, naming=self.naming, duplicates=settings["duplicates"],
         )  # fmt: skip
-        what = f"scGPT with values='{settings['values']}'"
+        token_ids = np.array([self.vocabulary[name] for name in self.genes], np.int64)
+        wanted, what = _WANTED[settings["values"]], f"scGPT with values='{settings['values']}'"
+        if wanted == "any" and settings["duplicates"] == "sum":
+            wanted, what = "counts", "duplicates='sum'"
 
         def prepared(rows: slice | np.ndarray) -> scipy.sparse.csr_matrix:
             block = expression.rows(rows)
-            if settings["values"] == "given":
-                cells.check_log1p(block, expression.where, what)
-            elif settings["values"] == "log1p":
-                cells.check_counts(block, expression.where, what)
-                block = cells.log1p_per_10k(block)
-            return block
+            cells.check_values(block, wanted, expression.where, what)
+            selected = alignment.select(block)
+            if settings["values"] == "log1p":
+                selected = cells.log1p_per_10k(selected, cells.totals_of(block))
+            return selected
 
         candidates = self._candidates(settings, alignment, expression)
         columns = _first_columns(alignment, candidates)
-        ids = candidates[np.argsort(columns, kind="stable")]
-        position = np.full(len(self.vocabulary), -1)
-        position[ids] = np.arange(len(ids))
+        candidates = candidates[np.argsort(columns, kind="stable")]
+        ids = token_ids[candidates]
 
         def read(rows: slice | np.ndarray) -> Sequences:
-            block = alignment.select(prepared(rows))[:, ids]
+            block = prepared(rows)[:, candidates]
             block.sort_indices()
             names = np.asarray(expression.names, object)[rows]
             return self._sequences(block, ids, names, settings)
@@ -258,26 +270,32 @@ class ScGPT(SequenceModel):
             "candidates_sha256": hashlib.sha256(ids.tobytes()).hexdigest(),
             "coverage": alignment.describe(),
         }
-        return Plan(expression.names, read, described)
+        return Plan(expression.names, read, described, cls=settings["cls"])
 
     def _candidates(
         self, settings: dict[str, Any], alignment: Alignment, expression: cells.Expression
     ) -> np.ndarray:
-        """Token ids that may become tokens, ascending."""
+        """Positions in `genes` of those that may become tokens, ascending."""
         found = np.unique(alignment.index)
         if settings["gene_list"] is not None:
-            unknown = [name for name in settings["gene_list"] if name not in self.vocabulary]
-            if unknown:
+            known = {name: i for i, name in enumerate(self.genes)}
+            if unknown := [name for name in settings["gene_list"] if name not in known]:
                 raise InputError(f"gene_list: {listed(unknown)} are not in the vocabulary")
-            wanted = [self.vocabulary[name] for name in settings["gene_list"]]
-            return np.intersect1d(found, wanted)
+            return np.intersect1d(found, [known[name] for name in settings["gene_list"]])
         if settings["hvg"] is None:
             return found
-        block = expression.rows(slice(None))
-        if settings["values"] != "given":
-            cells.check_counts(block, expression.where, "the choice of variable genes")
-            block = cells.log1p_per_10k(block)
-        return found[cells.highly_variable(alignment.select(block)[:, found], settings["hvg"])]
+        if settings["hvg"] > len(found):
+            raise InputError(f"hvg must be in 1 .. {len(found)} genes, not {settings['hvg']}")
+        wanted = "log1p" if settings["values"] == "given" else "counts"
+        blocks = []
+        for block in expression.all_rows():
+            cells.check_values(block, wanted, expression.where, "the choice of variable genes")
+            selected = alignment.select(block)[:, found]
+            if wanted == "counts" and settings["hvg_flavor"] == "seurat":
+                selected = cells.log1p_per_10k(selected, cells.totals_of(block))
+            blocks.append(selected)
+        values = scipy.sparse.vstack(blocks, format="csr")
+        return found[cells.highly_variable(values, settings["hvg"], settings["hvg_flavor"])]
 
     def _sequences(
         self,
@@ -307,8 +325,7 @@ class ScGPT(SequenceModel):
 
     def gene_names(self, ids: np.ndarray) -> np.ndarray:
         """See `SequenceModel.gene_names`."""
-        names = np.array(sorted(self.vocabulary, key=self.vocabulary.__getitem__), object)
-        return names[ids]
+        return np.array(self.token_names, object)[ids]
 
     def blocks(self, batch: Batch, visit: Visit, last: Layer, first_only: bool) -> None:
         """See `SequenceModel.blocks`."""
@@ -337,25 +354,50 @@ def _first_columns(alignment: Alignment, candidates: np.ndarray) -> np.ndarray:
     return alignment.columns[first][np.searchsorted(index, candidates)]
 
 
-def _check(settings: dict[str, Any], n_bins: int) -> dict[str, Any]:
+def _check(settings: dict[str, Any], args: dict[str, Any]) -> dict[str, Any]:
+    """Complete settings with what the checkpoint says; refuse what is not one of them."""
+    if settings["values"] is None:
+        settings["values"] = args["input_style"]
+    binned, given = settings["values"] == "binned", settings["values"] == "given"
+    if settings["hvg_flavor"] is None and settings["hvg"] is not None:
+        settings["hvg_flavor"] = "seurat" if given else "seurat_v3"
     choices = {
-        "values": ("binned", "log1p", "given"),
+        "values": tuple(_WANTED),
         "select": ("random", "top", "all"),
         "order": ("file", "descending"),
+        "hvg_flavor": (None, "seurat_v3", "seurat"),
+        "include_zeros": (True, False),
+        "cls": (True, False),
+        "duplicates": ("refuse", "sum"),
     }
     for key, allowed in choices.items():
         if settings[key] not in allowed:
             raise InputError(f"{key} must be one of {listed(allowed)}, not {settings[key]!r}")
-    if settings["n_bins"] is not None and settings["values"] != "binned":
+    if settings["n_bins"] is not None and not binned:
         raise InputError("n_bins is for values='binned'")
-    if settings["values"] == "binned":
-        settings["n_bins"] = settings["n_bins"] or n_bins
-        if settings["n_bins"] < 3:
-            raise InputError(f"n_bins must be at least 3, not {settings['n_bins']}")
-    if settings["max_length"] < 2:
-        raise InputError(f"max_length must be at least 2, not {settings['max_length']}")
-    if settings["hvg"] is not None and settings["gene_list"] is not None:
-        raise InputError("give hvg or gene_list, not both")
+    if binned and settings["n_bins"] is None:
+        settings["n_bins"] = args["n_bins"]
+    for key, least in {"n_bins": 3, "max_length": 2, "hvg": 1, "seed": 0}.items():
+        if settings[key] is not None:
+            settings[key] = whole_number(key, settings[key], least)
+    names = settings["gene_list"]
+    if names is not None:
+        if isinstance(names, str) or not isinstance(names, Iterable):
+            raise InputError(f"gene_list must be a list of names, not {names!r}")
+        settings["gene_list"] = [str(name) for name in names]
+        if settings["hvg"] is not None:
+            raise InputError("give hvg or gene_list, not both")
+    if given and settings["hvg_flavor"] == "seurat_v3":
+        raise InputError("hvg_flavor='seurat_v3' wants raw counts, and values='given' has none")
+    if given and settings["duplicates"] == "sum":
+        raise InputError(
+            "duplicates='sum' adds up counts, and values='given' has none: keep one column of each "
+            "gene, or give counts with values='log1p'"
+        )
+    if settings["cls_value"] is None:
+        settings["cls_value"] = args["pad_value"]
+    if not isinstance(settings["cls_value"], int | float):
+        raise InputError(f"cls_value must be a number, not {settings['cls_value']!r}")
     return settings
 
 
@@ -365,25 +407,32 @@ def _special(name: str) -> bool:
 
 def _read_args(path: Path) -> dict[str, Any]:
     args = checkpoints.read_json(path)
-    wanted = ("embsize", "nheads", "d_hid", "nlayers")
-    if missing := [key for key in wanted if not isinstance(args.get(key), int)]:
-        raise InputError(f"{path} lacks whole numbers for {listed(missing)}")
+    defaults = {"pad_token": "<pad>", "pad_value": -2, "n_bins": 51}
+    args = defaults | {key: supported[0] for key, supported in _STYLES.items()} | args
+    for key in ("embsize", "nheads", "d_hid", "nlayers", "n_bins"):
+        whole_number(f"{path}: {key}", args.get(key), 1)
     if args["embsize"] % args["nheads"]:
         raise InputError(
             f"{path}: embsize {args['embsize']} is no multiple of {args['nheads']} heads"
         )
-    unsupported = {"input_emb_style": "continuous", "input_style": "binned"}
-    for key, only in unsupported.items():
-        if args.get(key, only) not in (only, "log1p", "normed_raw"):
-            raise InputError(f"{path}: {key} '{args[key]}' is not supported, only '{only}'")
+    if not isinstance(args["pad_value"], int | float) or not isinstance(args["pad_token"], str):
+        raise InputError(f"{path}: pad_value must be a number, and pad_token text")
+    for key, supported in _STYLES.items():
+        if args[key] not in supported:
+            raise InputError(
+                f"{path}: {key} {args[key]!r} is not supported, only {listed(supported)}: this "
+                "reader has no other way to read a gene's value"
+            )
     if args.get("pre_norm"):
         raise InputError(f"{path}: pre_norm is not supported")
-    return {"pad_token": "<pad>", "pad_value": -2, "n_bins": 51, **args}
+    return args
 
 
 def _read_vocabulary(path: Path, pad: str) -> dict[str, int]:
     """Token -> id; special tokens that are missing are appended, as the authors do."""
     vocabulary = checkpoints.read_json(path)
+    if strange := [name for name, i in vocabulary.items() if type(i) is not int]:
+        raise InputError(f"{path}: {listed(strange)} have no whole number for an id")
     for token in (pad, "<cls>", "<eoc>"):
         vocabulary.setdefault(token, len(vocabulary))
     ids = sorted(vocabulary.values())

@@ -15,10 +15,10 @@ import anndata
 import numpy as np
 import torch
 
-from extract.cells import Expression, check_counts
+from extract.cells import Expression, check_values
 from extract.checkpoints import load_into, read_torch_allowing, sha256
 from extract.errors import InputError, listed
-from extract.genes import align
+from extract.genes import align, naming_of
 from extract.models.base import Edited, Layer, Model, Plan, device_of, only_known
 from extract.models.vectors import CHUNK, Vectors, check_latents, edit_all
 
@@ -141,6 +141,7 @@ class ScVI(Model):
     poolings = ("latent",)
     outputs = types.MappingProxyType({"fractions": "cell"})
     n_layers = 0
+    values = "counts"
 
     def __init__(self, checkpoint: Path, *, device: str = "cpu", dtype: str = "float32") -> None:
         if dtype != "float32":
@@ -151,6 +152,7 @@ class ScVI(Model):
         state = _entry(found, path, "model_state_dict")
         registry, settings = _supported(found, path)
         self.genes = _gene_names(found, path)
+        self.naming = naming_of(self.genes)
         batch = _entry(registry, path, "field_registries", "batch", "state_registry")
         self.batches = [str(name) for name in _entry(batch, path, "categorical_mapping")]
         arguments = registry.get("setup_args") or {}
@@ -191,14 +193,15 @@ class ScVI(Model):
         only_known(preprocessing, ("batch", "duplicates"), self.name)
         duplicates = preprocessing.get("duplicates", "refuse")
         known = {gene: i for i, gene in enumerate(self.genes)}
+        expression = Expression(adata, counts)
         alignment = align(
-            adata,
+            expression,
             genes,
             known,
             n_genes=len(known),
             of="model",
             min_coverage=min_gene_coverage,
-            naming="the var_names it was trained on",
+            naming=self.naming,
             duplicates=duplicates,
         )
         if alignment.coverage < 1:
@@ -209,12 +212,12 @@ class ScVI(Model):
                 len(known),
                 listed(absent),
             )
-        expression = Expression(adata, counts)
         column, codes = self._batch_of(adata, preprocessing.get("batch"))
 
         def read(rows: slice | np.ndarray) -> Vectors:
-            block = alignment.select(expression.rows(rows))
-            check_counts(block, expression.where, self.name)
+            block = expression.rows(rows)
+            check_values(block, self.values, expression.where, self.name)
+            block = alignment.select(block)
             return Vectors((block, codes[rows]), np.diff(block.indptr) == 0)
 
         settings = {

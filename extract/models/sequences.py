@@ -3,12 +3,15 @@
 import abc
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import numpy as np
 import torch
 
 from extract.errors import InputError
-from extract.models.base import Edited, Layer, Model
+from extract.models.base import Edited, Layer, Model, Plan
+
+CLS_POOLINGS = ("cls", "cls_raw")  # of position 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,15 +98,13 @@ def pool(hidden: torch.Tensor, batch: Batch, pooling: str) -> torch.Tensor:
     "cls" is L2-normalised position 0, "cls_raw" the same as it is, "mean" over gene tokens,
     "mean_with_special" over all tokens, "tokens" every gene token.
     """
-    hidden = hidden.float()
     if pooling == "tokens":
-        return hidden[batch.gene]
-    if pooling == "cls":
-        return torch.nn.functional.normalize(hidden[:, 0], dim=-1)
-    if pooling == "cls_raw":
-        return hidden[:, 0]
+        return hidden[batch.gene].float()
+    if pooling in CLS_POOLINGS:
+        first = hidden[:, 0].clone().float()  # a view would keep all of `hidden`
+        return torch.nn.functional.normalize(first, dim=-1) if pooling == "cls" else first
     chosen = (batch.gene if pooling == "mean" else batch.real).unsqueeze(-1)
-    return (hidden * chosen).sum(dim=1) / chosen.sum(dim=1)
+    return (hidden.float() * chosen).sum(dim=1) / chosen.sum(dim=1)
 
 
 Visit = Callable[[Layer, torch.Tensor], torch.Tensor]
@@ -114,10 +115,12 @@ class SequenceModel(Model, abc.ABC):
 
     Attributes:
       pad_id, pad_value: what stands where a cell of a batch has no token.
+      cls_outputs: those of `outputs` that read the hidden state of <cls>.
     """
 
     pad_id: int
     pad_value: float = 0.0
+    cls_outputs: ClassVar[tuple[str, ...]] = ()
 
     @abc.abstractmethod
     def blocks(self, batch: Batch, visit: Visit, last: Layer, first_only: bool) -> None:
@@ -135,6 +138,25 @@ class SequenceModel(Model, abc.ABC):
         """The output `name`: rows of gene tokens, from the last block's hidden states."""
         raise NotImplementedError
 
+    def check(
+        self, plan: Plan, pooling: str, tokens: str = "all", outputs: Sequence[str] = ()
+    ) -> None:
+        """See `Model.check`."""
+        self._refuse(plan.cls, pooling, tokens, outputs)
+
+    def _refuse(self, cls: bool, pooling: str, tokens: str, outputs: Sequence[str]) -> None:
+        """Raise InputError for what would take the first gene for <cls>."""
+        if tokens not in ("all", "genes", "cls"):
+            raise InputError(f"tokens must be all, genes or cls, not '{tokens}'")
+        needs = [f"pooling '{pooling}'"] * (pooling in CLS_POOLINGS)
+        needs += [f"output '{name}'" for name in outputs if name in self.cls_outputs]
+        needs += ["an edit of 'cls'"] * (tokens == "cls")
+        if needs and not cls:
+            raise InputError(
+                f"{needs[0]} wants the <cls> token, and these cells have none (their first token "
+                "is a gene); take another, or cells with <cls>"
+            )
+
     def forward(
         self,
         inputs: Sequences,
@@ -144,6 +166,7 @@ class SequenceModel(Model, abc.ABC):
         outputs: Sequence[str] = (),
     ) -> tuple[dict[Layer, torch.Tensor], dict[str, torch.Tensor]]:
         """See `Model.forward`."""
+        self._refuse(inputs.before > 0, pooling, edited.tokens if edited else "all", outputs)
         batch = pad(inputs, self.pad_id, self.pad_value, self.device)
         found: dict[Layer, torch.Tensor] = {}
         more: dict[str, torch.Tensor] = {}
@@ -168,8 +191,6 @@ class SequenceModel(Model, abc.ABC):
             return batch.real
         if tokens == "genes":
             return batch.gene
-        if tokens == "cls" and not bool(batch.gene[:, 0].any()):
-            first = torch.zeros_like(batch.real)
-            first[:, 0] = True
-            return first
-        raise InputError(f"tokens must be all, genes or cls (where there is one), not '{tokens}'")
+        first = torch.zeros_like(batch.real)
+        first[:, 0] = True
+        return first

@@ -171,7 +171,7 @@ class TestTokens:
         with pytest.raises(InputError, match=r"wants Ensembl ids.*genes="):
             model.plan(cells, genes="symbol")
         cells.var["symbol"] = cells.var["symbol"].str.capitalize()
-        with pytest.raises(InputError, match="0 of 68 genes"):
+        with pytest.raises(InputError, match="0 genes are in both, of 68 in the file"):
             model.plan(cells, genes="symbol", naming="symbol")
 
     def test_symbols_need_their_dictionary(self, tmp_path: Path, cells: anndata.AnnData) -> None:
@@ -287,6 +287,11 @@ class TestHiddenStates:
         assert "cls" not in plain.poolings
         with pytest.raises(InputError, match="no <cls> token"):
             plain.embed(cells, pooling="cls")
+        plan = plain.plan(cells)
+        with pytest.raises(InputError, match="wants the <cls> token"):
+            plain.check(plan, "cls")
+        with pytest.raises(InputError, match="wants the <cls> token"):
+            plain.evaluate(plan.read(slice(None)), [0], "cls")
         with pytest.raises(InputError, match="cls"):
             plain.run(cells, 0, lambda rows: rows, tokens="cls")
 
@@ -379,9 +384,25 @@ class TestCellsThatDoNotFit:
 
     def test_coverage(self, model: Geneformer, cells: anndata.AnnData) -> None:
         few = cells[:, [*range(5), *range(N_GENES, N_GENES + 8)]].copy()
-        with pytest.raises(InputError, match=r"5 of 13 genes.*min_gene_coverage"):
+        message = (
+            r"5 genes are in both, of 13 in the file and 60 of the model \(38\.5% .*coverage=0.5"
+        )
+        with pytest.raises(InputError, match=message):
             model.embed(few)
         assert len(model.embed(few, min_gene_coverage=0.3)[1]) == cells.n_obs
+
+    def test_genes_beyond_the_models_are_no_lack(
+        self, model: Geneformer, cells: anndata.AnnData
+    ) -> None:
+        more = anndata.AnnData(scipy.sparse.csr_matrix((9, 200), dtype=np.int32))
+        more.obs_names = cells.obs_names
+        more.var_names = [f"ENSG7{i:010d}" for i in range(200)]
+        both = anndata.concat([cells, more], axis=1)
+        coverage = model.plan(both).settings["coverage"]
+        assert (coverage["columns"], coverage["model_genes"]) == (268, 60)
+        assert coverage["genes_matched"] == 60
+        assert coverage["coverage"] == 1
+        assert model.plan(cells[:, 30:]).settings["coverage"]["coverage"] == pytest.approx(30 / 38)
 
     def test_empty_cells(self, model: Geneformer, plain: Geneformer) -> None:
         cells = random_cells()
@@ -408,8 +429,9 @@ class TestCellsThatDoNotFit:
         ("keywords", "message"),
         [
             ({"naming": "entrez"}, "naming must be"),
-            ({"max_length": 2}, r"3 \.\. 30"),
-            ({"max_length": 31}, r"3 \.\. 30"),
+            ({"max_length": 2}, "max_length must be a whole number, at least 3, not 2"),
+            ({"max_length": "abc"}, "max_length must be a whole number, at least 3, not 'abc'"),
+            ({"max_length": 31}, "max_length must be at most 30, the model's most, not 31"),
             ({"n_counts": "depth"}, r"no obs\['depth'\]"),
             ({"duplicates": "max"}, "duplicates must be"),
             ({"bins": 51}, "no preprocessing bins"),
@@ -573,6 +595,43 @@ class TestDictionaries:
         with pytest.raises(InputError, match=r"gc1M.*copy.*token_dictionary="):
             extract.load_model("geneformer", tmp_path)
 
+    def test_those_beside_the_one_that_is_named(
+        self, tmp_path: Path, cells: anndata.AnnData
+    ) -> None:
+        save(tmp_path)
+        here, other = tmp_path / "dictionaries", tmp_path / "other"
+        other.mkdir()
+        for name in ("token_dictionary", "gene_median_dictionary"):
+            (other / f"{name}_gc30M.json").write_bytes((here / f"{name}.json").read_bytes())
+            (here / f"{name}.json").rename(here / f"{name}_gc104M.json")
+        dump(other / "gene_median_dictionary_gc30M.json", dict.fromkeys(GENES, 1.0))
+        named = {"token_dictionary": other / "token_dictionary_gc30M.json"}
+
+        def used(**files: Path) -> dict[str, str]:
+            model = extract.load_model("geneformer", tmp_path, **files)
+            files = model.plan(cells).settings["dictionaries"]
+            return {option: about["file"] for option, about in files.items()}
+
+        assert used()["gene_median"] == "gene_median_dictionary_gc104M.json"
+        assert used(**named) == {
+            "token_dictionary": "token_dictionary_gc30M.json",
+            "gene_median": "gene_median_dictionary_gc30M.json",
+            "ensembl_mapping": "ensembl_mapping_dict.json",
+            "gene_name_id": "gene_name_id_dict.json",
+        }
+        # Of two generations: only where every file is named.
+        (other / "gene_median_dictionary_gc30M.json").unlink()
+        with pytest.raises(
+            InputError, match=r"different generations \(_gc104M, _gc30M\).*gene_median="
+        ):
+            used(**named)
+        named["gene_median"] = here / "gene_median_dictionary_gc104M.json"
+        with pytest.raises(InputError, match="different generations"):
+            used(**named)
+        named["ensembl_mapping"] = here / "ensembl_mapping_dict.json"
+        named["gene_name_id"] = here / "gene_name_id_dict.json"
+        assert used(**named)["gene_median"] == "gene_median_dictionary_gc104M.json"
+
     def test_several_medians(self, tmp_path: Path, cells: anndata.AnnData) -> None:
         save(tmp_path)
         folder = tmp_path / "dictionaries"
@@ -600,7 +659,7 @@ class TestDictionaries:
             (
                 "token_dictionary",
                 list,
-                "no dictionary of names",
+                "holds a list, not an object",
             ),
             (
                 "token_dictionary",
@@ -622,7 +681,7 @@ class TestDictionaries:
         save(tmp_path)
         path = tmp_path / "dictionaries" / f"{name}.json"
         path.write_text("{")
-        with pytest.raises(InputError, match="cannot be read as JSON"):
+        with pytest.raises(InputError, match="is no JSON"):
             extract.load_model("geneformer", tmp_path)
         path.unlink()
         with pytest.raises(InputError, match=r"there is no file named.*dictionaries="):

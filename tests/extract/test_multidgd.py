@@ -188,6 +188,7 @@ def other_split(_: dict, __: dict, obs: pd.DataFrame) -> None:
     ("change", "message"),
     [
         (lambda w, s, o: s.pop("n_units"), "lacks n_units"),
+        (lambda w, s, o: s.update(n_hidden="two"), "n_hidden must be a whole number"),
         (lambda w, s, o: s.update(n_features_per_modality=[120]),
          "how many features each modality has"),
         (lambda w, s, o: w.pop("correction_rep.z"), r"has no correction_rep\.z"),
@@ -256,7 +257,7 @@ def test_files_are_found(golden: Path, tmp_path: Path) -> None:
         extract.load_model("multidgd", folder)
     (folder / "dgd_shared_cov_hyperparameters.json").rename(folder / "x_hyperparameters.json")
     (folder / "x_hyperparameters.json").write_text("[]")
-    with pytest.raises(InputError, match="holds a list, not hyper-parameters"):
+    with pytest.raises(InputError, match="holds a list, not an object"):
         extract.load_model("multidgd", folder)
     with pytest.raises(InputError, match="float32, not bfloat16"):
         extract.load_model("multidgd", folder, dtype="bfloat16")

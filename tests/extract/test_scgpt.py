@@ -1,6 +1,7 @@
 """The reader of scGPT against what the authors' own code computed on real cells."""
 
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,15 @@ import hypothesis
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+import scipy.sparse
 import torch
 
 import extract
 from extract import InputError
 from extract.models import scgpt_tokens
 from extract.models.scgpt import ScGPT
-from extract.models.sequences import Sequences
-from tests.extract.small import CELLS, GENES, write_checkpoint
+from extract.models.sequences import Batch, Sequences, pool
+from tests.extract.small import CELLS, GENES, some_cells, write_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -259,10 +261,14 @@ def test_top_keeps_the_highest_values_and_random_does_not(small: ScGPT) -> None:
 
 def test_tokens_are_named(small: ScGPT) -> None:
     states = small.embed(CELLS, "all", "tokens")
+    table = small.tokens(CELLS)
+    assert table["cell"].tolist() == np.repeat(CELLS.obs_names, np.diff(CELLS.X.indptr)).tolist()
     inputs = small.plan(CELLS).read(slice(None))
     names = small.gene_names(inputs.gene_ids())
     expected = [GENES[j] for i in range(CELLS.n_obs) for j in CELLS.X[i].toarray()[0].nonzero()[0]]
-    assert names.tolist() == expected
+    assert names.tolist() == expected == table["gene"].tolist()
+    some = small.tokens(CELLS, select="top", max_length=4, min_gene_coverage=0.9)
+    assert len(some) == len(small.embed(CELLS, 1, "tokens", select="top", max_length=4)[1])
     assert all(len(rows) == len(names) for rows in states.values())
     mean = small.embed(CELLS, [1], "mean")[1]
     ends = np.cumsum(inputs.rows("tokens"))
@@ -319,8 +325,110 @@ def test_an_edit_of_cls_leaves_the_genes(small: ScGPT) -> None:
     np.testing.assert_array_equal(run.hidden[2], plain[2])
     with pytest.raises(InputError, match="must return as many finite ones"):
         small.run(CELLS, 1, lambda rows: rows[:1])
+    with pytest.raises(InputError, match="an edit of 'cls' wants the <cls> token"):
+        small.run(CELLS, 1, edit, pooling="mean", tokens="cls", cls=False)
     with pytest.raises(InputError, match="tokens must be all, genes or cls"):
-        small.run(CELLS, 1, edit, tokens="cls", cls=False)
+        small.run(CELLS, 1, edit, tokens="pads")
+
+
+def test_an_edit_that_nothing_would_show(small: ScGPT, official: ScGPT, real: Any) -> None:
+    with pytest.raises(InputError, match="edit is of layer 2, and layers 1, embedding come before"):
+        small.run(CELLS, 2, lambda rows: rows, [1, "embedding"])
+    call = {"layers": 0, "outputs": ["mlm"], "genes": "feature_name"}
+    plain, silent = (
+        official.run(real[:2], 1, edit, **call).outputs["mlm"]
+        for edit in (None, lambda rows: rows * 0)
+    )
+    assert np.abs(plain - silent).max() > 1e-3
+
+
+# What needs <cls>
+
+
+@pytest.mark.parametrize(
+    ("call", "what"),
+    [
+        ({"pooling": "cls"}, "pooling 'cls'"),
+        ({"pooling": "cls_raw"}, "pooling 'cls_raw'"),
+        ({"pooling": "mean", "outputs": ["mlm", "mvc"]}, "output 'mvc'"),
+    ],
+)
+def test_no_first_gene_passes_for_cls(
+    official: ScGPT, real: anndata.AnnData, call: dict[str, Any], what: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    cells, message = real[:2].copy(), f"{what} wants the <cls> token, and these cells have none"
+    plan = official.plan(cells, "feature_name", cls=False)
+    with pytest.raises(InputError, match=message):
+        official.check(plan, **call)
+    official.check(official.plan(cells, "feature_name"), **call)
+    inputs = plan.read(slice(None))
+    with pytest.raises(InputError, match=message):
+        official.evaluate(inputs, [0], call["pooling"], outputs=call.get("outputs", ()))
+    # Before any value is read.
+    monkeypatch.setattr("extract.cells.Expression.rows", None)
+    with pytest.raises(InputError, match=message):
+        official.run(cells, 0, None, 0, genes="feature_name", cls=False, **call)
+    if "outputs" not in call:
+        with pytest.raises(InputError, match=message):
+            official.embed(cells, 0, genes="feature_name", cls=False, **call)
+
+
+def test_rows_do_not_keep_all_hidden_states() -> None:
+    hidden = torch.randn(3, 50, 4)
+    real = torch.ones(3, 50, dtype=torch.bool)
+    for pooling in ("cls", "cls_raw"):
+        rows = pool(hidden, Batch(real, None, real, real), pooling)
+        assert rows.untyped_storage().nbytes() == 3 * 4 * 4
+
+
+# Variable genes
+
+
+def of_hvg(model: ScGPT, cells: anndata.AnnData, **options: Any) -> set[str]:
+    """The genes that are left, all of them tokens of a cell that expresses one."""
+    inputs = model.plan(cells, include_zeros=True, **options).read(slice(None))
+    return set(model.gene_names(max(inputs.ids, key=len)[1:]))
+
+
+@pytest.mark.parametrize("values", ["binned", "log1p"])
+def test_variable_genes_of_counts_are_scanpys(small: ScGPT, values: str) -> None:
+    scanpy = pytest.importorskip("scanpy")
+    pytest.importorskip("skmisc")
+    cells = some_cells(90, seed=3)
+    cells.X.data = cells.X.data * np.random.default_rng(0).integers(1, 9, len(cells.X.data))
+    theirs = scanpy.pp.highly_variable_genes(cells, n_top_genes=11, flavor="seurat_v3", inplace=0)
+    wanted = set(cells.var_names[theirs["highly_variable"]])
+    assert of_hvg(small, cells, hvg=11, values=values) == wanted
+    mixed = cells[:, np.random.default_rng(0).permutation(30)].copy()
+    assert of_hvg(small, mixed, hvg=11, values=values) == wanted
+    logged = cells.copy()
+    scanpy.pp.normalize_total(logged, target_sum=1e4)
+    scanpy.pp.log1p(logged)
+    theirs = scanpy.pp.highly_variable_genes(logged, n_top_genes=11, inplace=False)
+    other = set(cells.var_names[theirs["highly_variable"]])
+    assert other != wanted
+    assert of_hvg(small, logged, hvg=11, values="given") == other
+    assert of_hvg(small, cells, hvg=11, values=values, hvg_flavor="seurat") == other
+
+
+@pytest.mark.filterwarnings("ignore:`n_top_genes` > number")
+@pytest.mark.parametrize("flavor", ["seurat", "seurat_v3"])
+def test_as_many_variable_genes_as_asked_for(small: ScGPT, flavor: str) -> None:
+    pytest.importorskip("skmisc")
+    cells = some_cells(90, seed=3)
+    cells.X = scipy.sparse.csr_matrix(cells.X.toarray()[:, np.repeat(np.arange(15), 2)])  # ties
+    for n in (4, 5, 30):
+        assert len(of_hvg(small, cells, hvg=n, hvg_flavor=flavor)) == n
+
+
+def test_variable_genes_that_cannot_be_found(small: ScGPT, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("skmisc")
+    with pytest.raises(InputError, match=r"fails on these 2 cells x 30 genes .*gene_list="):
+        small.plan(some_cells(2), hvg=5)
+    monkeypatch.setitem(sys.modules, "skmisc.loess", None)
+    with pytest.raises(InputError, match=r"scikit-misc.*pip install 'sae-jax\[single-cell\]'"):
+        small.plan(CELLS, hvg=5)
 
 
 # What is refused
@@ -340,7 +448,8 @@ ENSEMBL = [f"ENSG{i:011d}" for i in range(30)]
     ("cells", "options", "message"),
     [
         (changed(var_names=ENSEMBL), {}, "wants gene symbols: name the column of var"),
-        (changed(var_names=[f"x{i}" for i in range(30)]), {}, "0 of 30 genes of the file"),
+        (changed(var_names=[f"x{i}" for i in range(30)]), {},
+         "0 genes are in both, of 30 in the file and 40 of the model"),
         (changed(var_names=["G0", *GENES[:29]]), {}, r"1 genes occur more than once \(G0\)"),
         (changed(obs_names=["a"] * 12), {}, "1 cell names occur more than once"),
         (changed(X=CELLS.X * 0.5), {"values": "log1p"}, "must be raw counts for scGPT"),
@@ -348,17 +457,35 @@ ENSEMBL = [f"ENSG{i:011d}" for i in range(30)]
         (changed(X=-CELLS.X.toarray()), {}, "negative values"),
         (changed(X=CELLS.X.toarray() * np.nan), {}, "NaN"),
         (CELLS, {"genes": "symbol"}, r"there is no var\['symbol'\]"),
-        (CELLS, {"counts": "raw"}, r"there is no layers\['raw'\]"),
+        (CELLS, {"counts": "raw"}, r"there is no raw, and no layers\['raw'\]; layers: none"),
+        (CELLS, {"counts": "more"}, r"there is no layers\['more'\]"),
         (CELLS, {"binning": True}, "no preprocessing binning; it has values"),
         (CELLS, {"values": "zscore"}, "values must be one of binned, log1p, given"),
         (CELLS, {"layers": 3}, "no layer 3; it has embedding, 0, 1, 2"),
         (CELLS, {"pooling": "max"}, "no pooling 'max'"),
         (CELLS, {"hvg": 31}, "hvg must be in 1 .. 30"),
         (CELLS, {"gene_list": ["G0", "nope"]}, "gene_list: nope are not in the vocabulary"),
-        (CELLS, {"batch_size": 0}, "batch_size must be at least 1"),
+        (CELLS, {"batch_size": 0}, "batch_size must be a whole number, at least 1, not 0"),
+        (CELLS, {"max_length": "abc"}, "max_length must be a whole number, at least 2, not 'abc'"),
+        (CELLS, {"hvg": 2.5}, "hvg must be a whole number, at least 1, not 2.5"),
+        (CELLS, {"n_bins": 0}, "n_bins must be a whole number, at least 3, not 0"),
+        (CELLS, {"seed": "a"}, "seed must be a whole number"),
+        (CELLS, {"gene_list": "G0,G1"}, "gene_list must be a list of names, not 'G0,G1'"),
+        (CELLS, {"gene_list": 7}, "gene_list must be a list of names, not 7"),
+        (CELLS, {"cls": "no"}, "cls must be one of True, False, not 'no'"),
+        (CELLS, {"cls_value": "0"}, "cls_value must be a number, not '0'"),
+        (CELLS, {"hvg": 3, "hvg_flavor": "cell_ranger"}, "hvg_flavor must be one of"),
+        (changed(X=CELLS.X.log1p()), {"values": "given", "hvg": 3, "hvg_flavor": "seurat_v3"},
+         "'seurat_v3' wants raw counts"),
+        (changed(X=CELLS.X.log1p()), {"hvg": 3}, "raw counts for the choice of variable genes"),
+        (changed(X=CELLS.X.log1p()), {"duplicates": "sum"}, "raw counts for duplicates='sum'"),
+        (changed(X=CELLS.X.log1p()), {"duplicates": "sum", "values": "given"},
+         "duplicates='sum' adds up counts, and values='given' has none"),
         (CELLS, {"min_gene_coverage": 2}, "must be in 0 .. 1"),
+        (CELLS, {"min_gene_coverage": "half"}, "must be in 0 .. 1, not 'half'"),
+        (CELLS, {"layers": []}, "layers is empty"),
     ],
-)
+)  # fmt: skip
 def test_bad_cells_and_options(
     small: ScGPT, cells: anndata.AnnData, options: dict[str, Any], message: str
 ) -> None:
@@ -366,11 +493,36 @@ def test_bad_cells_and_options(
         small.embed(cells, **options)
 
 
+@pytest.mark.filterwarnings("ignore:Variable names are not unique")
 def test_duplicates_are_summed_on_request(small: ScGPT) -> None:
     double = anndata.concat([CELLS, CELLS], axis=1)
     double.obs_names = CELLS.obs_names
     twice = changed(X=CELLS.X * 2)
     np.testing.assert_array_equal(small.embed(double, duplicates="sum")[2], small.embed(twice)[2])
+
+
+@pytest.mark.filterwarnings("ignore:Variable names are not unique")
+@pytest.mark.parametrize("flavor", ["seurat", "seurat_v3"])
+def test_counts_are_summed_before_anything_else(small: ScGPT, flavor: str) -> None:
+    pytest.importorskip("skmisc")
+    whole = some_cells(90, seed=3)
+    part = np.random.default_rng(0).binomial(whole.X.toarray().astype(int), 0.4)
+    whole.var_names = [*GENES[:24], *"uvwxyz"]  # unknown genes count towards a cell's total
+    halves = [anndata.AnnData(x.astype(np.float32)) for x in (part, whole.X.toarray() - part)]
+    for half in halves:
+        half.var_names, half.obs_names = whole.var_names, whole.obs_names
+    parts = anndata.concat(halves, axis=1)
+    for options in ({}, {"hvg": 7, "hvg_flavor": flavor}):
+        found = small.plan(parts, values="log1p", duplicates="sum", **options).read(slice(None))
+        wanted = small.plan(whole, values="log1p", **options).read(slice(None))
+        for ours, theirs in zip(found.ids, wanted.ids, strict=True):
+            np.testing.assert_array_equal(np.sort(ours), np.sort(theirs))
+        for ours, theirs in zip(found.values, wanted.values, strict=True):
+            np.testing.assert_allclose(np.sort(ours), np.sort(theirs), rtol=1e-6)
+    counts = whole.X.toarray()
+    by_hand = np.log1p(counts / counts.sum(axis=1, keepdims=True) * 1e4)[0, :24]
+    plain = small.plan(parts, values="log1p", duplicates="sum").read(np.array([0]))
+    np.testing.assert_allclose(plain.values[0][1:], by_hand[by_hand > 0], rtol=1e-6)
 
 
 def test_empty_cells_are_refused_or_named(small: ScGPT) -> None:
@@ -395,13 +547,20 @@ def misshape(parts: dict[str, Any]) -> None:
         (misshape, "enc_norm.weight is missing.*norm.bias is missing.*linear1.weight is .3, 3."),
         (lambda p: p["vocab"].pop("G3"), "the ids are not 0"),
         (lambda p: p["vocab"].update(more=43), "44 tokens.*43 rows: they are of different models"),
-        (lambda p: p["args"].pop("nheads"), "lacks whole numbers for nheads"),
+        (lambda p: p["vocab"].update(G3="3"), "G3 have no whole number for an id"),
+        (lambda p: p["args"].pop("nheads"), "nheads must be a whole number, at least 1, not None"),
+        (lambda p: p["args"].update(nheads=0), "nheads must be a whole number, at least 1, not 0"),
+        (lambda p: p["args"].update(n_bins="51"), "n_bins must be a whole number"),
+        (lambda p: p["args"].update(pad_value="-2"), "pad_value must be a number"),
         (lambda p: p["args"].update(input_emb_style="category"), "input_emb_style 'category'"),
+        (lambda p: p["args"].update(input_emb_style="log1p"), "input_emb_style 'log1p'"),
+        (lambda p: p["args"].update(input_style="normed_raw"),
+         "input_style 'normed_raw' is not supported, only binned, log1p"),
         (lambda p: p["weights"].update({"dsbn.bns.0.weight": torch.ones(3)}), "by batch"),
         (lambda p: p["weights"]["encoder.enc_norm.bias"].fill_(float("nan")), "holds NaN"),
         (lambda p: p.update(weights=[1]), "holds a list"),
     ],
-)
+)  # fmt: skip
 def test_bad_checkpoints(
     change: Callable[[dict[str, Any]], None], message: str, tmp_path: Path
 ) -> None:
@@ -431,18 +590,75 @@ def test_a_vocabulary_without_special_tokens_gets_the_authors(tmp_path: Path) ->
     np.testing.assert_array_equal(model.embed(CELLS)[2], plain.embed(CELLS)[2])
 
 
+def test_values_are_what_the_checkpoint_was_trained_on(small: ScGPT, tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "m", lambda p: p["args"].update(input_style="log1p"))
+    model = extract.load_model("scgpt", folder)
+    assert (small.values, model.values, model.naming) == ("any", "counts", "symbol")
+    assert model.plan(CELLS).settings["values"] == "log1p"
+    np.testing.assert_array_equal(model.embed(CELLS)[2], small.embed(CELLS, values="log1p")[2])
+
+
+def test_genes_are_in_the_order_of_their_ids(small: ScGPT, tmp_path: Path) -> None:
+    order = np.random.default_rng(0).permutation(43)
+
+    def change(parts: dict[str, Any]) -> None:
+        parts["vocab"] = {name: int(order[i]) for name, i in parts["vocab"].items()}
+        rows = parts["weights"]["encoder.embedding.weight"]
+        parts["weights"]["encoder.embedding.weight"] = rows[np.argsort(order)]
+
+    model = extract.load_model("scgpt", write_checkpoint(tmp_path / "m", change))
+    ids = [model.vocabulary[name] for name in model.genes]
+    assert ids == sorted(ids)
+    assert set(model.genes) == set(GENES)
+    # What is drawn goes by id, so nothing is drawn here.
+    options = {"values": "log1p", "select": "all"}
+    np.testing.assert_allclose(
+        model.embed(CELLS, **options)[2], small.embed(CELLS, **options)[2], atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("of a test"),
+        MemoryError(),
+        RuntimeError(
+            "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes. Error code "
+            "12 (Cannot allocate memory)"
+        ),
+        RuntimeError("mmap: Cannot allocate memory"),
+    ],
+)
 def test_memory_that_runs_out_halves_the_batch(
-    small: ScGPT, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    error: Exception,
+    small: ScGPT,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     plain, real, sizes = small.embed(CELLS)[2], small.forward, []
 
     def forward(inputs: Sequences, *args: Any) -> Any:
         sizes.append(len(inputs.ids))
         if len(inputs.ids) > 3:
-            raise torch.OutOfMemoryError("of a test")
+            raise error
         return real(inputs, *args)
 
     monkeypatch.setattr(small, "forward", forward)
+    monkeypatch.setattr(small, "_most_cells", None)
     np.testing.assert_allclose(small.embed(CELLS)[2], plain, atol=1e-6)
     assert sizes == [12, 6, 3, 3, 3, 3]
     assert "out of memory: batches of 3 cells" in caplog.text
+    sizes.clear()
+    small.embed(CELLS, batch_size=5)
+    assert sizes == [3, 3, 3, 3]
+
+
+def test_memory_that_one_cell_does_not_find(small: ScGPT, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(inputs: Sequences, *_: Any) -> Any:
+        raise RuntimeError("out of memory" if len(inputs.ids) < 9 else "another")
+
+    monkeypatch.setattr(small, "forward", forward)
+    monkeypatch.setattr(small, "_most_cells", None)
+    for size, message in ((9, "another"), (4, "out of memory")):
+        with pytest.raises(RuntimeError, match=message):
+            small.embed(CELLS, batch_size=size)

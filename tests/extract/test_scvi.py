@@ -79,6 +79,7 @@ def test_what_a_model_says_of_itself(golden: Path, cells: anndata.AnnData) -> No
     assert (model.name, model.n_layers, model.d_model) == ("scvi", 0, 20)
     assert model.all_layers == model.resolve(None) == model.resolve("all") == ["latent"]
     assert list(model.checkpoint) == ["model.pt"]
+    assert (model.naming, model.values) == ("ensembl", "counts")
     state = torch.load(golden / "model" / "model.pt", weights_only=False)["model_state_dict"]
     np.testing.assert_allclose(model.dispersion, np.exp(state["px_r"].numpy()))
     settings = load(golden, "batch_encoded_deep").plan(cells).settings
@@ -136,7 +137,7 @@ def test_genes_that_the_file_lacks_are_zero_and_reported(
     np.testing.assert_allclose(found, expected, atol=1e-6)
     assert "500 of the model's 2000 genes are not in the file" in caplog.text
     assert model.plan(some[:, 500:]).settings["coverage"]["coverage"] == 0.75
-    with pytest.raises(InputError, match=r"1500 of the model's 2000 genes .* min_gene_coverage"):
+    with pytest.raises(InputError, match=r"1500 genes are in both, .* 2000 of the model \(75"):
         model.embed(some[:, 500:], min_gene_coverage=0.8)
     twice = anndata.concat([some, some], axis=1)
     with pytest.raises(InputError, match="2000 genes occur more than once"):
@@ -144,6 +145,9 @@ def test_genes_that_the_file_lacks_are_zero_and_reported(
     doubled = anndata.AnnData(some.X * 2, some.obs, some.var)
     expected = model.embed(doubled)["latent"]
     np.testing.assert_allclose(model.embed(twice, duplicates="sum")["latent"], expected, atol=1e-6)
+    halves = anndata.AnnData(twice.X * 0.5, twice.obs, twice.var)  # whole numbers once summed
+    with pytest.raises(InputError, match="must be raw counts for scvi"):
+        model.embed(halves, duplicates="sum")
 
 
 def test_an_edited_latent_is_what_is_decoded(golden: Path, cells: anndata.AnnData) -> None:
