@@ -240,7 +240,7 @@ def read_json(path: Path) -> dict[str, Any]:
     _must_exist(path)
     if (size := path.stat().st_size) > _LARGEST_JSON:
         raise InputError(
-            f"{path} has {size / 2**20:.0f} MiB: too much for settings or a dictionary of genes"
+            f"{path} has {size / 2**20:.3g} MiB: too much for settings or a dictionary of genes"
         )
     try:
         found = json.loads(path.read_bytes())

@@ -15,7 +15,7 @@ import scipy.sparse
 import torch
 
 import extract
-from extract import InputError
+from extract import InputError, checkpoints
 from extract.models import scgpt_tokens
 from extract.models.scgpt import ScGPT
 from extract.models.sequences import Batch, Sequences, pool
@@ -578,6 +578,16 @@ def test_files_that_are_missing_or_cut(name: str, tmp_path: Path) -> None:
         extract.load_model("scgpt", folder)
     (folder / name).unlink()
     with pytest.raises(InputError, match=f"there is no .*{name}"):
+        extract.load_model("scgpt", folder)
+
+
+def test_json_beyond_measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_checkpoint(tmp_path / "m")
+    (folder / "vocab.json").write_text('{"a": ' + "[" * 100_000)
+    with pytest.raises(InputError, match=r"vocab\.json is no JSON: maximum recursion"):
+        extract.load_model("scgpt", folder)
+    monkeypatch.setattr(checkpoints, "_LARGEST_JSON", 50_000)
+    with pytest.raises(InputError, match=r"vocab\.json has 0\.0954 MiB: too much"):
         extract.load_model("scgpt", folder)
 
 
