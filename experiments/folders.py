@@ -1,0 +1,64 @@
+"""What a program finds in its --workdir, and how it makes the folder its own.
+
+The program defines --workdir and --overwrite, and --resume if it can continue. The file of its
+settings is written first: it tells a folder of the program from anybody's.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from sae_jax import InputError, files, workdir
+
+FLAGS = flags.FLAGS
+IGNORED = dict.fromkeys(("workdir", "overwrite", "resume"))  # in comparing settings
+
+
+def check_workdir(settings_file: str) -> Path:
+    """The folder of --workdir. Writes nothing.
+
+    Raises:
+      InputError: none is named, it cannot be written, it holds other files, or an earlier run that
+        the flags say neither to replace nor to continue.
+    """
+    if not FLAGS.workdir:
+        raise InputError("--workdir is needed: the folder to fill")
+    if FLAGS.overwrite and _resume():
+        raise InputError("--overwrite and --resume exclude each other")
+    out = Path(FLAGS.workdir)
+    workdir.check_writable(out)
+    if out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir()):
+        if not (out / settings_file).is_file():
+            raise InputError(f"{out} holds other files; choose an empty or a new folder")
+        if not (FLAGS.overwrite or _resume()):
+            ways = "--overwrite replaces it" + ", --resume continues it" * ("resume" in FLAGS)
+            raise InputError(f"{out} holds an earlier run: {ways}")
+    return out
+
+
+def claim(out: Path, settings_file: str, settings: dict[str, Any], leaves: Iterable[str]) -> None:
+    """Make the folder ours: clear what --overwrite replaces (`leaves`), and note the settings.
+
+    Raises:
+      InputError: --resume, and the folder holds a run of other settings, or damaged ones.
+    """
+    path = out / settings_file
+    if _resume() and path.exists():
+        try:
+            earlier = dict(json.loads(path.read_text()))
+        except (ValueError, TypeError) as error:
+            raise InputError(f"{path} is damaged: {error}; use --overwrite") from None
+        if differences := workdir.difference(earlier | IGNORED, settings | IGNORED):
+            raise InputError(f"{out} holds a run of other settings:\n  {differences}")
+        return
+    if FLAGS.overwrite:
+        for name in (*leaves, settings_file):
+            files.remove(out / name)
+    files.write_json(path, settings)
+
+
+def _resume() -> bool:
+    return "resume" in FLAGS and FLAGS.resume
