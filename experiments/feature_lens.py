@@ -20,7 +20,6 @@ import json
 import math
 import time
 from pathlib import Path
-from typing import Any
 
 import anndata
 import numpy as np
@@ -33,11 +32,13 @@ from analysis import (
     calibration,
     characterisation,
     feature_space,
+    gene_sets,
     lens,
     nulls,
-    plots,
+    ontology,
 )
-from experiments import cli, feature_lens_page
+from analysis.groups import top_cells
+from experiments import cli, feature_lens_figures, feature_lens_page, folders
 from experiments import inputs as reading
 from experiments.inputs import Inputs
 from sae_jax import InputError, data, files, workdir
@@ -56,6 +57,7 @@ FILES = {
     "nulls.csv": "the share of features named where there is nothing to find",
     "feature_space.parquet": "a map of the features by their terms",
     "figures": "feature_space, nulls: PNG and PDF",
+    "history.parquet": "losses, where the dictionary was trained here",
     "dictionary": "cfg.json, sae_weights.safetensors, where it was trained here",
 }
 KEPT = ("training", "calibration.npz", "named.npz")
@@ -83,7 +85,12 @@ def define_flags() -> None:
     flags.DEFINE_integer("null_features", 300, "Permuted features for each of six sizes.", 30)
     flags.DEFINE_integer("null_sample", 300, "Features on which each null is run.", 10)
     flags.DEFINE_list("technical", None, "Columns of obs that count as technical: n_counts, batch.")
+    flags.DEFINE_list(
+        "numeric", None, "Columns of obs to compare between high and silent cells: dose, openness."
+    )
     flags.DEFINE_list("words", None, "Words to look for in terms, for the map.")
+    flags.DEFINE_list("highlight", None, "Features to mark in the figures: feature_12, ...")
+    flags.DEFINE_string("top_level", None, "OBO file whose slim or first level colours the map.")
     flags.DEFINE_integer("top", 20, "Features with a section of their own on the page.", 0)
     flags.DEFINE_float("memory_gib", 4.0, "Tables beyond it go to files.", 0)
 
@@ -91,29 +98,31 @@ def define_flags() -> None:
 def main() -> None:
     """Runs the program by its flags."""
     # 1. Refuse what is wrong before anything is written.
-    out = check_workdir()
-    inputs = reading.read("workdir")
-    cells_columns = technical_columns(inputs.obs)
+    check_flags()
+    out = folders.check_workdir(SETTINGS)
+    inputs = reading.read("workdir", gene_sets.MIN_UNIVERSE)
+    rule = lens.Rule(percentile=FLAGS.percentile, direction=FLAGS.direction)
+    check_cells(len(inputs.obs), rule)
+    technical = columns_of(inputs.obs, "technical")
+    numeric = columns_of(inputs.obs, "numeric", numeric=True)
+    tops = None if FLAGS.top_level is None else ontology.read_obo(FLAGS.top_level)
     dictionary = None if FLAGS.dictionary is None else sae_jax.Dictionary.load(FLAGS.dictionary)
     if dictionary is not None and dictionary.config.d_in != inputs.embedding.shape[1]:
         raise InputError(
             f"{FLAGS.dictionary} is of {dictionary.config.d_in} dimensions, the embedding of "
             f"{inputs.embedding.shape[1]}"
         )
+    z, live = (None, None) if dictionary is None else activations(dictionary, inputs)
     with workdir.locked(out):
-        claim(out, inputs.settings)
+        folders.claim(out, SETTINGS, inputs.settings, (*FILES, *KEPT))
 
         # 2. The dictionary and its features.
-        dictionary = dictionary or trained(inputs, out)
-        z = dictionary.encode(inputs.embedding, sparse=True)
-        live = np.flatnonzero(z.getnnz(axis=0))
-        if not live.size:
-            raise InputError("the dictionary is dead on these cells: no feature is active in any")
-        z = z[:, live]
+        if dictionary is None:
+            dictionary = trained(inputs, out)
+            z, live = activations(dictionary, inputs)
         logging.info("%d of %d features are live", len(live), dictionary.config.n_latents)
 
         # 3. Genes and terms of every feature, and the rate of naming by chance.
-        rule = lens.Rule(percentile=FLAGS.percentile, direction=FLAGS.direction)
         if not (out / "named.npz").exists():
             annotate(z, live, inputs, rule, out)
         named, terms = read_named(out)
@@ -122,9 +131,15 @@ def main() -> None:
 
         # 4. What each feature is, the map of all, the page.
         annotated = feature_space.feature_terms(named, terms)
-        table = describe(z, live, inputs, cells_columns, annotated, out)
-        space(annotated, table, out)
-        feature_lens_page.write(out, inputs, table, FLAGS.top)
+        table = describe(z, live, inputs, technical, numeric, annotated, out)
+        coordinates = space(annotated, table, out)
+        pictures = feature_lens_figures.draw(
+            out, x=inputs.embedding, z=z, table=table, labels=inputs.labels, annotated=annotated,
+            coordinates=coordinates, history=history(out), words=FLAGS.words or (),
+            highlight=FLAGS.highlight or (), top_terms=top_terms(inputs, terms, tops),
+            seed=FLAGS.seed,
+        )  # fmt: skip
+        feature_lens_page.write(out, inputs, table, pictures, FLAGS.top)
     print(f"\n{out}/")
     for name, what in FILES.items():
         if (out / name).exists():
@@ -134,46 +149,32 @@ def main() -> None:
     )
 
 
-def check_workdir() -> Path:
-    """The folder to fill. Refuses one that is in use, unless told to replace or continue it."""
-    if not FLAGS.workdir:
-        raise InputError("--workdir is needed: the folder to fill")
-    if FLAGS.overwrite and FLAGS.resume:
-        raise InputError("--overwrite and --resume exclude each other")
+def check_flags() -> None:
+    """Refuse numbers that are none."""
     for name in ("l1_weight", "learning_rate", "percentile", "memory_gib"):
         if not math.isfinite(FLAGS[name].value):
             raise InputError(f"--{name}={FLAGS[name].value} must be a finite number")
-    out = Path(FLAGS.workdir)
-    workdir.check_writable(out)
-    if out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir()):
-        if not (out / SETTINGS).is_file():
-            raise InputError(f"{out} holds other files; choose an empty or a new folder")
-        if not (FLAGS.overwrite or FLAGS.resume):
-            raise InputError(
-                f"{out} holds an earlier run: --overwrite replaces it, --resume continues it"
-            )
-    return out
 
 
-def claim(out: Path, settings: dict[str, Any]) -> None:
-    """Make the folder ours: clear what --overwrite replaces, and note the settings."""
-    if FLAGS.resume and (out / SETTINGS).exists():
-        earlier = json.loads((out / SETTINGS).read_text())
-        ignored = dict.fromkeys(("workdir", "overwrite", "resume"))
-        if differences := workdir.difference(earlier | ignored, settings | ignored):
-            raise InputError(f"{out} holds a run of other settings:\n  {differences}")
-        return
-    if FLAGS.overwrite:
-        for name in (*FILES, *KEPT, SETTINGS):
-            files.remove(out / name)
-    files.write_json(out / SETTINGS, settings)
+def check_cells(n_cells: int, rule: lens.Rule) -> None:
+    """Refuse a percentile above which too few cells lie to name any feature."""
+    high = int(n_cells * (1 - rule.percentile / 100))
+    if high < rule.cells:
+        enough = math.floor(100 * (1 - rule.cells / n_cells))
+        raise InputError(
+            f"--percentile={rule.percentile:g} leaves {high} of {n_cells} cells high, and a "
+            f"feature of fewer than {rule.cells} is not named: "
+            + (f"give --percentile={enough}" if enough > 0 else "these are too few cells")
+        )
 
 
-def technical_columns(obs: pd.DataFrame) -> pd.DataFrame:
-    """The columns of --technical."""
-    names = FLAGS.technical or []
+def columns_of(obs: pd.DataFrame, flag: str, numeric: bool = False) -> pd.DataFrame:
+    """The columns of obs that a flag lists."""
+    names = FLAGS[flag].value or []
     if missing := [name for name in names if name not in obs]:
-        raise InputError(f"--technical: obs has no {', '.join(missing)}")
+        raise InputError(f"--{flag}: obs has no {', '.join(missing)}")
+    if numeric and (text := [n for n in names if not pd.api.types.is_numeric_dtype(obs[n])]):
+        raise InputError(f"--{flag}: {', '.join(text)} of obs holds no numbers")
     return obs[names]
 
 
@@ -200,9 +201,21 @@ def trained(inputs: Inputs, out: Path) -> sae_jax.Dictionary:
         "trained in %.0f s: validation R2 %.3f, L0 %.1f",
         time.perf_counter() - began, row["validation_r2"], row["validation_l0"],
     )  # fmt: skip
+    files.write_parquet(out / "history.parquet", run.history)
     run.dictionaries[0].save(out / "dictionary")
     files.remove(out / "training")
     return run.dictionaries[0]
+
+
+def activations(
+    dictionary: sae_jax.Dictionary, inputs: Inputs
+) -> tuple[sparse.csr_matrix, np.ndarray]:
+    """Of the live features [cells, features], and their latents."""
+    z = dictionary.encode(inputs.embedding, sparse=True)
+    live = np.flatnonzero(z.getnnz(axis=0))
+    if not live.size:
+        raise InputError("the dictionary is dead on these cells: no feature is active in any")
+    return z[:, live], live
 
 
 def annotate(
@@ -296,6 +309,7 @@ def describe(
     live: np.ndarray,
     inputs: Inputs,
     technical: pd.DataFrame,
+    numeric: pd.DataFrame,
     annotated: feature_space.FeatureTerms,
     out: Path,
 ) -> pd.DataFrame:
@@ -307,6 +321,8 @@ def describe(
     for i, column in enumerate(("n_high", "n_low", "n_relevant", "testable", "paper_annotated")):
         values = stored["counts"][:, i]
         table[column] = values.astype(bool) if i > 2 else values
+    if numeric.shape[1]:
+        compare_numbers(z, numeric, table)
     table["n_terms"] = np.diff(annotated.matrix.indptr)
     best = pd.read_parquet(out / "top_terms.parquet")
     named = best[best["log10_q"] > -np.log10(0.05)].groupby("feature", sort=False)
@@ -329,24 +345,59 @@ def describe(
     return table
 
 
-def space(annotated: feature_space.FeatureTerms, table: pd.DataFrame, out: Path) -> None:
-    """The map of the features by their terms, where enough have any."""
+def compare_numbers(z: sparse.csr_matrix, numeric: pd.DataFrame, table: pd.DataFrame) -> None:
+    """Add, for each column of --numeric, its mean in high and in silent cells with eq. 8's alpha,
+    and the feature's trend along it."""
+    high, active = top_cells(z, FLAGS.percentile)
+    values = numeric.to_numpy(np.float64, na_value=np.nan)
+    found = characterisation.compare(values, high, active=active)
+    for i, name in enumerate(numeric):
+        table[f"{name}_high"], table[f"{name}_low"] = found.mean_high[:, i], found.mean_low[:, i]
+        table[f"{name}_alpha"] = found.alpha[:, i]
+        along = characterisation.trend(z, values[:, i])
+        table[f"{name}_rho"], table[f"{name}_q"] = along["rho"].to_numpy(), along["q"].to_numpy()
+
+
+def top_terms(
+    inputs: Inputs, terms: list[str], tops: ontology.Ontology | None
+) -> feature_space.FeatureTerms | None:
+    """The top-level terms above each term, by the ontology of --top_level.
+
+    A slim's file knows little but its own terms: the others are then placed by their genes, under
+    those of the gene sets that are the slim's.
+    """
+    if tops is None:
+        return None
+    wanted = tops.slim() if "goslim_generic" in tops.subsets else tops.first_level()
+    found = feature_space.top_level(terms, tops, wanted)
+    if len(found.annotated()) >= len(terms) / 2:
+        return found
+    own = [i for i, name in enumerate(terms) if tops.identify(name) in wanted]
+    rows = sparse.csr_array(inputs.sets.membership)
+    return feature_space.top_level_by_genes(rows, rows[own], [terms[i] for i in own])
+
+
+def history(out: Path) -> pd.DataFrame | None:
+    """The losses of the dictionary's training, if it was trained here."""
+    path = out / "history.parquet"
+    return pd.read_parquet(path) if path.exists() else None
+
+
+def space(
+    annotated: feature_space.FeatureTerms, table: pd.DataFrame, out: Path
+) -> np.ndarray | None:
+    """The map of the features by their terms [features, 2], where enough have any."""
     if len(annotated.annotated()) <= 10:
         logging.info("%d features have terms: too few for a map", len(annotated.annotated()))
-        return
+        return None
+    stored = out / "feature_space.parquet"
+    if stored.exists():
+        return pd.read_parquet(stored)[["umap_1", "umap_2"]].to_numpy()
     coordinates = feature_space.plane(annotated, seed=FLAGS.seed)
-    keys: dict[str, Any] = {"-log10 q of the best term": table["best_term_log10_q"].astype(float)}
-    if "kind_text" in table:
-        keys["local or global (eq. 8)"] = table["kind_text"]
-        keys["best label"] = table["best_label"]
-    keys["share of cells active"] = np.log10(table["density"]).rename("log10")
-    for word in FLAGS.words or []:
-        hits = feature_space.probe(annotated, [word])["feature"].unique()
-        keys[f"terms with '{word}'"] = np.isin(np.arange(len(table)), hits)
-    plots.save(feature_space.figure(coordinates, keys), out / "figures", "feature_space")
     frame = pd.DataFrame(coordinates, columns=["umap_1", "umap_2"])
     frame.insert(0, "feature", table.index)
-    files.write_parquet(out / "feature_space.parquet", frame)
+    files.write_parquet(stored, frame)
+    return coordinates
 
 
 def feature_names(live: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -9,8 +10,10 @@ from analysis import plots, report
 from experiments.inputs import Inputs
 
 
-def write(out: Path, inputs: Inputs, table: pd.DataFrame, top: int) -> None:
-    """Draw what is not drawn yet and write `out`/report.html."""
+def write(
+    out: Path, inputs: Inputs, table: pd.DataFrame, pictures: dict[str, Path], top: int
+) -> None:
+    """Write `out`/report.html; `pictures` by caption, in order."""
     rates = pd.read_csv(out / "nulls.csv")
     null_picture = plots.save(null_figure(rates), out / "figures", "nulls")
     sections = [("In short", summary(inputs, table, rates))]
@@ -30,14 +33,8 @@ def write(out: Path, inputs: Inputs, table: pd.DataFrame, top: int) -> None:
             ],
         )
     )  # fmt: skip
-    space = out / "figures/feature_space.png"
-    if space.exists():
-        sections.append(
-            (
-                "Feature space",
-                [report.picture(space, "Features by the terms that name them (UMAP).")],
-            )
-        )
+    shown = [report.picture(path, caption) for caption, path in pictures.items()]
+    sections.append(("Pictures", shown))
     frequencies = pd.read_csv(out / "terms.csv").head(15)
     sections.append(("Most frequent terms", [report.table(frequencies)]))
     if "best_label" in table:
@@ -115,11 +112,10 @@ def null_figure(rates: pd.DataFrame) -> Figure:
         values = rates[test].to_numpy()
         colours = ["#08519c"] + ["#9e9e9e"] * (len(values) - 1)
         panel.barh(range(len(values)), values, color=colours)
-        for row, value in enumerate(values):
-            text = "" if value != value else f" {value:.2f}"
-            panel.text(
-                0 if value != value else min(value, 0.75), row, text, va="center", fontsize=7
-            )
+        for row, value in enumerate(np.nan_to_num(values)):
+            text = "not defined" if np.isnan(values[row]) else f" {value:.2f} "
+            side = {"ha": "right", "color": "white"} if value > 0.7 else {"ha": "left"}
+            panel.text(value, row, text, va="center", fontsize=7, **side)
         panel.set(xlim=(0, 1), title=test.replace("_", " "))
         panel.title.set_fontsize(9)
         panel.tick_params(labelsize=7)

@@ -45,7 +45,13 @@ def define_flags() -> None:
     flags.DEFINE_string("gene_symbols", None, "Column of var with symbols; default: the var names.")
     flags.DEFINE_string("label", None, "Column of obs with labels of the cells, cell types say.")
     flags.DEFINE_string(
-        "gene_sets", gene_sets.EMBEDDED, "GMT file, name of an online library, or 'embedded'."
+        "gene_sets",
+        gene_sets.EMBEDDED,
+        "GMT file; table of sets and genes; .gaf; name of an online library; or 'embedded'.",
+    )
+    flags.DEFINE_string("obo", None, "The ontology that a .gaf file's terms are of.")
+    flags.DEFINE_string(
+        "gene_table", None, "NCBI gene_info: genes and sets match by any of a gene's names."
     )
     flags.DEFINE_integer(
         "min_size", None, "Smallest set in measured genes; 2 if embedded, else 20."
@@ -55,10 +61,11 @@ def define_flags() -> None:
     )
 
 
-def read(beside: str) -> Inputs:
+def read(beside: str, min_universe: int = 0) -> Inputs:
     """Everything the flags name, checked before any work.
 
-    `beside` is a flag of the program's own: its settings are with those of the inputs.
+    `beside` is a flag of the program's own: its settings are with those of the inputs. Fewer genes
+    than `min_universe` are refused.
     """
     source, kind, label = FLAGS.expression or "X", FLAGS.expression_is, FLAGS.label
     path = FLAGS.h5ad
@@ -84,6 +91,9 @@ def read(beside: str) -> Inputs:
         expression.genes,
         (2 if embedded else 20) if FLAGS.min_size is None else FLAGS.min_size,
         (2000 if embedded else 500) if FLAGS.max_size is None else FLAGS.max_size,
+        gene_table=FLAGS.gene_table,
+        min_universe=min_universe,
+        **({} if FLAGS.obo is None else {"obo": FLAGS.obo}),
     )
     logging.info("%d cells, %d genes; %s", adata.n_obs, len(expression.genes), sets.coverage)
     if embedding is None:

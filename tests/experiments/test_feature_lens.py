@@ -1,0 +1,182 @@
+"""The feature lens as a program: what it leaves agrees with itself and with what was put in."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+from scipy import sparse
+
+import sae_jax
+from experiments import feature_lens
+from sae_jax import InputError
+
+GENES, CELLS, PROGRAM = 240, 480, 24
+SMALL = {
+    "n_latents": 24, "epochs": 40, "learning_rate": 0.01, "l1_weight": 0.05, "percentile": 90.0,
+    "null_features": 30, "null_sample": 10, "min_size": 5, "direction": "up",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def cells() -> anndata.AnnData:
+    """Three kinds of cells; each expresses a program of genes, and lies in a corner, of its own."""
+    rng = np.random.default_rng(0)
+    kind = rng.integers(0, 3, CELLS)
+    rate = np.full((CELLS, GENES), 0.4)
+    for k in range(3):
+        rate[kind == k, k * PROGRAM : (k + 1) * PROGRAM] = 3.0
+    counts = rng.poisson(rate).astype(np.float32)
+    return anndata.AnnData(
+        sparse.csr_matrix(counts),
+        obs=pd.DataFrame(
+            {"kind": np.asarray(["kind A", "kind B", "kind C"])[kind], "dose": kind * 1.0,
+             "depth": counts.sum(1)},
+            index=[f"cell{i}" for i in range(CELLS)],
+        ),
+        var=pd.DataFrame(index=[f"G{g}" for g in range(GENES)]),
+        obsm={"X_some": 4 * np.eye(3)[kind] + rng.normal(size=(CELLS, 3)) * 0.5},
+    )  # fmt: skip
+
+
+@pytest.fixture
+def run(cells: anndata.AnnData, tmp_path: Path) -> Callable[..., Path]:
+    """Runs the program in this process: `run(flag=value, change=function of the AnnData)`."""
+    sets = {f"program {'ABC'[k]}": range(k * PROGRAM, (k + 1) * PROGRAM) for k in range(3)}
+    sets |= {f"random {i}": range(72 + 12 * i, 72 + 12 * (i + 1)) for i in range(14)}
+    lines = ["\t".join([name, "", *(f"G{g}" for g in some)]) for name, some in sets.items()]
+    (tmp_path / "sets.gmt").write_text("\n".join(lines))
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS(["lens"])
+
+    def call(change: Callable[[anndata.AnnData], Any] | None = None, **given: Any) -> Path:
+        adata = cells.copy()
+        if change is not None:
+            adata = change(adata) or adata
+        adata.write_h5ad(tmp_path / "cells.h5ad")
+        settings = {
+            "h5ad": str(tmp_path / "cells.h5ad"), "expression_is": "counts", "label": "kind",
+            "embedding": "X_some", "gene_sets": str(tmp_path / "sets.gmt"),
+            "workdir": str(tmp_path / "out"), **SMALL, **given,
+        }  # fmt: skip
+        with flagsaver.flagsaver():  # which forgets the flags defined within
+            feature_lens.define_flags()
+            for name, value in settings.items():
+                setattr(flags.FLAGS, name, value)
+            feature_lens.main()
+        return Path(settings["workdir"])
+
+    return call
+
+
+def test_what_is_left_agrees(run: Callable[..., Path], cells: anndata.AnnData) -> None:
+    out = run(technical=["depth"], numeric=["dose"])
+    missing = set(feature_lens.FILES) - {path.name for path in out.iterdir()}
+    assert missing <= {"feature_space.parquet"}  # of too few features with terms
+
+    dictionary = sae_jax.Dictionary.load(out / "dictionary")
+    found = anndata.read_h5ad(out / "features.h5ad")
+    z = dictionary.encode(cells.obsm["X_some"].astype(np.float32))
+    assert found.var["latent"].tolist() == np.flatnonzero((z > 0).any(axis=0)).tolist()
+    np.testing.assert_allclose(found.X.toarray(), z[:, found.var["latent"]], rtol=1e-6)
+    np.testing.assert_allclose(found.var["density"], (z > 0).mean(0)[found.var["latent"]])
+
+    long = pd.read_parquet(out / "enrichment.parquet")
+    assert len(long) == found.n_vars * 17
+    table = pd.read_parquet(out / "features.parquet").set_index("feature")
+    testable = table.index[table["testable"]]
+    rates = pd.read_csv(out / "nulls.csv", index_col="features")
+    for test in ("calibrated", "fisher"):
+        named = long[(long[f"log10_q_{test}"] > -np.log10(0.05)) & long["feature"].isin(testable)]
+        share = named["feature"].nunique() / len(testable)
+        assert rates.loc["the dictionary's", test] == pytest.approx(share)
+        if test == "calibrated":
+            assert table["n_terms"].sum() == len(named)
+            assert table["best_term"].notna().sum() == named["feature"].nunique()
+    assert (
+        rates.loc["cells permuted", "calibrated"] <= 0.2 < rates.loc["the dictionary's", "fisher"]
+    )
+
+    # The best feature of a kind is named by its program, and dose was the kind.
+    for k, name in enumerate("ABC"):
+        best = table[table["best_label"] == f"kind {name}"]["best_label_auroc"].idxmax()
+        terms = long[long["feature"] == best].set_index("term")
+        assert terms["log10_p_fisher"].idxmax() == f"program {name}"
+        assert table.loc[best, "dose_high"] == pytest.approx(k, abs=0.1)
+    assert (out / "report.html").read_text().count("<h2") >= 6
+    assert "depth" in set(table["technical_column"].dropna().astype(str))
+
+
+def test_a_run_goes_on_where_it_was(run: Callable[..., Path], tmp_path: Path) -> None:
+    out = run()
+    kept = {name: (out / name).stat().st_mtime_ns for name in ("enrichment.parquet", "nulls.csv")}
+    weights = (out / "dictionary/sae_weights.safetensors").stat().st_mtime_ns
+    table = pd.read_parquet(out / "features.parquet")
+    for name in ("features.parquet", "report.html", "features.h5ad"):
+        (out / name).unlink()
+    run(resume=True)
+    assert kept == {name: (out / name).stat().st_mtime_ns for name in kept}
+    assert weights == (out / "dictionary/sae_weights.safetensors").stat().st_mtime_ns
+    pd.testing.assert_frame_equal(table, pd.read_parquet(out / "features.parquet"))
+    assert (out / "report.html").exists()
+    with pytest.raises(InputError, match=r"other settings[\s\S]*seed"):
+        run(resume=True, seed=5)
+    with pytest.raises(InputError, match="--overwrite replaces it"):
+        run()
+    # A saved dictionary gives what the one that was trained gave.
+    other = run(dictionary=str(out / "dictionary"), workdir=str(tmp_path / "other"))
+    again = pd.read_parquet(other / "features.parquet")
+    pd.testing.assert_frame_equal(table, again)
+    assert not (other / "dictionary").exists()
+
+
+def _save(path: Path, bias: float, d: int = 3) -> str:
+    """A dictionary whose latents all have this bias."""
+    rng = np.random.default_rng(0)
+    weights = rng.normal(size=(d, 4)).astype(np.float32)
+    params = sae_jax.state.Params(
+        encoder=weights, encoder_bias=np.full(4, bias, np.float32), decoder=weights.T.copy(),
+        decoder_bias=np.zeros(d, np.float32), pre_bias=None,
+    )  # fmt: skip
+    sae_jax.Dictionary(sae_jax.SAEConfig(d_in=d, n_latents=4), params).save(path)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"percentile": 99.0}, "leaves 4 of 480 cells high.*give --percentile=97"),
+        ({"percentile": float("nan")}, "--percentile=nan must be a finite number"),
+        ({"technical": ["batch"]}, "--technical: obs has no batch"),
+        ({"numeric": ["kind"]}, "--numeric: kind of obs holds no numbers"),
+        ({"top_level": "none.obo"}, "there is no ontology file none.obo"),
+        ({"dictionary": "nowhere"}, "nowhere"),
+        ({"workdir": None}, "--workdir is needed"),
+        ({"min_size": 60}, "none of the 17 sets"),
+        ({"change": lambda adata: adata[:, :90].copy()}, "fewer than 100"),
+        ({"change": lambda adata: setattr(adata, "X", -adata.X)}, "negative"),
+        (
+            {"change": lambda adata: setattr(adata, "var_names", [str(i) for i in range(GENES)])},
+            "genes have no names, only the numbers",
+        ),
+    ],
+)
+def test_bad_input_is_one_message_and_nothing_is_left(
+    run: Callable[..., Path], tmp_path: Path, given: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        run(**given)
+    assert not (tmp_path / "out").exists()
+
+
+def test_dictionaries_that_do_not_fit_are_refused(run: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="of 5 dimensions, the embedding of 3"):
+        run(dictionary=_save(tmp_path / "five", 0, d=5))
+    with pytest.raises(InputError, match="dead on these cells"):
+        run(dictionary=_save(tmp_path / "dead", -1e6))
+    assert not (tmp_path / "out").exists()
