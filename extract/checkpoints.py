@@ -2,7 +2,6 @@
 
 import codecs
 import collections
-import hashlib
 import json
 import pickle
 import re
@@ -19,6 +18,7 @@ import safetensors.torch
 import torch
 
 from extract.errors import InputError, listed
+from extract.hashing import sha256
 
 _LARGEST_JSON = 2**28  # bytes; the largest of the authors', of a vocabulary, has some millions
 
@@ -91,12 +91,6 @@ def load_into(
     if extra:
         warnings.warn(f"{path}: not used: {listed(extra, 10)}", stacklevel=3)
     module.load_state_dict({name: weights[name] for name in wanted})
-
-
-def sha256(path: Path) -> str:
-    """Of a file's bytes, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Inert:

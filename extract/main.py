@@ -9,15 +9,13 @@ it would do: gene coverage, sequence lengths, size, time.
 
 import concurrent.futures
 import errno
-import hashlib
-import importlib.metadata
 import json
 import logging as python_logging
-import shutil
+import re
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +25,13 @@ from absl import app, flags, logging
 from tqdm import tqdm
 
 import extract
-from extract import InputError, cells, checkpoints, store
-from extract.models.base import Model, Plan, refuse_empty
+from extract import InputError, cells, provenance, store
+from extract.models.base import Layer, Model, Plan, refuse_empty
+from extract.tokens import token_table
 
 FLAGS = flags.FLAGS
-BLOCK = 1024  # cells read, run and written together; sequences of like length share batches in it
+# Not for --option: they have flags of their own, or are what the program itself gives.
+OWN = ("checkpoint", "device", "dtype", "adata", "genes", "counts", "min_gene_coverage")
 
 
 def define_flags() -> None:
@@ -47,9 +47,9 @@ def define_flags() -> None:
     )
     flags.DEFINE_string("pooling", None, "Of a cell's tokens; default: the authors' own.")
     flags.DEFINE_string("genes", None, "Column of var with the model's gene names (var_names).")
-    flags.DEFINE_string("counts", None, "Layer that holds the counts (X).")
+    flags.DEFINE_string("counts", None, "Layer that holds the counts, or raw (X).")
     flags.DEFINE_multi_string(
-        "option", [], "KEY=VALUE of the reader's preprocessing, e.g. --option=max_length=600."
+        "option", [], "KEY=VALUE for the reader or its preprocessing: --option=max_length=600."
     )
     flags.DEFINE_string("device", "auto", "cpu, cuda, cuda:1 or auto.")
     flags.DEFINE_integer("batch_size", 64, "Cells that run together.", lower_bound=1)
@@ -63,7 +63,7 @@ def define_flags() -> None:
     flags.DEFINE_enum("empty_cells", "refuse", ["refuse", "nan"], "Cells without a known gene.")
     flags.DEFINE_enum("export", None, ["npy"], "Also plain arrays beside their names.")
     flags.DEFINE_bool("dry_run", False, "Say what it would do, and how long it would take.")
-    flags.DEFINE_bool("overwrite", False, "Replace stores of another extraction in --output.")
+    flags.DEFINE_bool("overwrite", False, "Replace what --output holds of other extractions.")
 
 
 def main() -> None:
@@ -71,7 +71,20 @@ def main() -> None:
     for name in ("model", "checkpoint", "h5ad", *(() if FLAGS.dry_run else ("output",))):
         if not getattr(FLAGS, name):
             raise InputError(f"--{name} is needed")
-    options = {} if FLAGS.dictionaries is None else {"dictionaries": FLAGS.dictionaries}
+    reader = extract.find_reader(FLAGS.model)
+    if not getattr(reader, "of_folder", True):
+        raise InputError(
+            f"--model={FLAGS.model} reads a Python object, which a program has none of: call "
+            "extract.load_model in Python, or write a reader and give --model=package.module:Class"
+        )
+    layers = asked_layers(FLAGS.layers)
+    options, preprocessing = split_options(FLAGS.option, extract.options_of(reader))
+    if FLAGS.dictionaries is not None:
+        options["dictionaries"] = FLAGS.dictionaries
+    if not FLAGS.dry_run:
+        store.check_writable(Path(FLAGS.output))
+    adata = cells.open_backed(FLAGS.h5ad, FLAGS.counts)
+    adata = cells.restrict(adata, chosen_rows(adata.obs))
     model = extract.load_model(
         FLAGS.model,
         FLAGS.checkpoint,
@@ -79,36 +92,38 @@ def main() -> None:
         dtype=FLAGS.dtype or "float32",
         **options,
     )
-    layers, pooling = model.resolve(asked_layers(FLAGS.layers)), model.pooling(FLAGS.pooling)
-    adata = cells.open_backed(FLAGS.h5ad, FLAGS.counts)
-    chosen = chosen_rows(adata.obs)
+    layers, pooling = model.resolve(layers), model.pooling(FLAGS.pooling)
     plan = model.plan(
         adata, FLAGS.genes, FLAGS.counts, min_gene_coverage=FLAGS.min_gene_coverage,
-        **parse_options(FLAGS.option),
+        **preprocessing,
     )  # fmt: skip
+    model.check(plan, pooling)
     if coverage := plan.settings.get("coverage"):
         logging.info("genes: %s", ", ".join(f"{k} {v}" for k, v in coverage.items()))
 
-    rows, lengths, empty, tokens = survey(model, plan, chosen, pooling)
-    refuse_empty(empty, [plan.names[i] for i in chosen], FLAGS.empty_cells)
+    rows, lengths, empty, tokens = survey(model, plan, pooling)
+    refuse_empty(empty, plan.names, FLAGS.empty_cells)
     spread = np.percentile(lengths, [0, 50, 100]).astype(int)
-    logging.info("%d cells; tokens a cell: %d .. %d, median %d", len(chosen), *spread[[0, 2, 1]])
+    logging.info("%d cells; tokens a cell: %d .. %d, median %d", len(rows), *spread[[0, 2, 1]])
+    try_one(model, plan, layers, pooling, empty)
     if FLAGS.dry_run:
-        return forecast(model, plan, chosen, layers, pooling, rows, empty)
+        return forecast(model, plan, layers, pooling, rows, empty)
 
+    obs = adata.obs if tokens is None else tokens
+    about = provenance.describe(model, plan, pooling, empty, obs)
+    names = {store.layer_name(layer): layer for layer in layers}
     out = Path(FLAGS.output)
     with store.locked(out):
-        if FLAGS.overwrite:
-            for layer in layers:
-                shutil.rmtree(out / f"{store.layer_name(layer)}.zarr", ignore_errors=True)
-            shutil.rmtree(out / ".extracting", ignore_errors=True)
-        obs = pd.DataFrame(tokens) if tokens else adata.obs.iloc[chosen]
-        about = provenance(model, plan, pooling, chosen, empty, obs)
-        names = {store.layer_name(layer): layer for layer in layers}
-        todo = {k: v for k, v in names.items() if not store.finished(out, k, about)}
-        if todo:
-            writer = store.Writer(out, todo, obs, model.d_model, about, FLAGS.store_dtype)
-            fill(model, plan, chosen, pooling, rows, writer)
+        while todo := {
+            name: layer
+            for name, layer in names.items()
+            if not store.finished(out, name, about, overwrite=FLAGS.overwrite)
+        }:  # an unfinished extraction goes on with its own layers first
+            writer = store.Writer(
+                out, todo, obs, model.d_model, about, FLAGS.store_dtype,
+                rows=rows, overwrite=FLAGS.overwrite,
+            )  # fmt: skip
+            fill(model, plan, pooling, writer)
             writer.finish()
         paths = [out / f"{name}.zarr" for name in names]
         if FLAGS.export:
@@ -122,23 +137,31 @@ def asked_layers(given: Sequence[str] | None) -> Any:
     """Flags' text as the keys of `embed`."""
     if not given or list(given) == ["all"]:
         return "all" if given else None
-    return [int(text) if text.lstrip("-").isdigit() else text for text in given]
+    return [int(text) if re.fullmatch(r"-?\d+", text) else text for text in given]
 
 
-def parse_options(given: Sequence[str]) -> dict[str, Any]:
-    """KEY=VALUE, the value in JSON where it is that, else text."""
-    found = {}
+def split_options(
+    given: Sequence[str], of_reader: Collection[str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """KEY=VALUE for the reader's constructor, which takes `of_reader`, and for its preprocessing.
+
+    A value is JSON where it can be read as that, else text.
+    """
+    reader, preprocessing = {}, {}
     for text in given:
         key, equals, value = text.partition("=")
         if not equals or not key:
             raise InputError(f"--option={text}: KEY=VALUE is wanted")
+        into = reader if key in of_reader else preprocessing
+        if key in OWN and into is preprocessing:
+            raise InputError(f"--option={text}: that is no option; see --help for the flags")
+        if key in into:
+            raise InputError(f"--option={text}: {key} is given twice")
         try:
-            found[key] = json.loads(value)
+            into[key] = json.loads(value)
         except ValueError:
-            found[key] = value
-        if value in ("True", "False"):
-            found[key] = value == "True"
-    return found
+            into[key] = {"True": True, "False": False, "None": None}.get(value, value)
+    return reader, preprocessing
 
 
 def chosen_rows(obs: pd.DataFrame) -> np.ndarray:
@@ -159,78 +182,80 @@ def chosen_rows(obs: pd.DataFrame) -> np.ndarray:
     return chosen
 
 
-def blocks(chosen: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """Number and positions of the cells of each block."""
-    for number, start in enumerate(range(0, len(chosen), BLOCK)):
-        yield number, chosen[start : start + BLOCK]
-
-
 def survey(
-    model: Model, plan: Plan, chosen: np.ndarray, pooling: str
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+    model: Model, plan: Plan, pooling: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, pd.DataFrame | None]:
     """One pass over the cells before anything is computed: all values are checked.
 
     Returns:
-      Rows of output a cell, tokens a cell, whether a cell is empty; and under "tokens" the columns
-      cell and gene of each row (else nothing).
+      Rows of output a cell, tokens a cell, whether a cell is empty; and under "tokens" the table of
+      rows.
     """
-    rows, lengths, empty = [], [], []
-    cell_of, gene_of = [], []
-    for _, some in tqdm(list(blocks(chosen)), desc="checking", unit=" blocks", leave=False):
-        inputs = plan.read(some)
+    rows, lengths, empty, ids = [], [], [], []
+    starts = range(0, len(plan.names), store.BLOCK_CELLS)
+    for start in tqdm(starts, desc="checking", unit=" blocks", leave=False):
+        inputs = plan.read(slice(start, start + store.BLOCK_CELLS))
         rows.append(inputs.rows(pooling))
         lengths.append(inputs.lengths)
         empty.append(inputs.empty)
         if pooling == "tokens":
-            cell_of.append(np.repeat(some, rows[-1]))
-            gene_of.append(inputs.gene_ids())
-    tokens = {}
+            ids.append(inputs.gene_ids().astype(np.int32))
+    counts, tokens = np.concatenate(rows), None
     if pooling == "tokens":
-        names = np.asarray(plan.names, object)
-        tokens = {
-            "cell": pd.Categorical.from_codes(np.concatenate(cell_of), names),
-            "gene": pd.Categorical(model.gene_names(np.concatenate(gene_of))),
-        }
-    return np.concatenate(rows), np.concatenate(lengths), np.concatenate(empty), tokens
+        tokens = token_table(plan.names, counts, np.concatenate(ids), model.gene_names)
+    return counts, np.concatenate(lengths), np.concatenate(empty), tokens
 
 
-def fill(
-    model: Model, plan: Plan, chosen: np.ndarray, pooling: str, rows: np.ndarray, writer: Any
+def try_one(
+    model: Model, plan: Plan, layers: Sequence[Layer], pooling: str, empty: np.ndarray
 ) -> None:
+    """Run one cell, so that a model which cannot work fails before anything is written."""
+    some = np.flatnonzero(~empty)[:1]
+    if not len(some):
+        return
+    inputs = plan.read(some)
+    found = model.evaluate(inputs, layers, pooling, batch_size=1).hidden
+    wanted = (int(inputs.rows(pooling).sum()), model.d_model)
+    for layer in layers:
+        if found[layer].shape != wanted or not np.isfinite(found[layer]).all():
+            raise InputError(
+                f"{model.name} gives rows {found[layer].shape} of layer {layer!r} and pooling "
+                f"'{pooling}' for the cell '{plan.names[some[0]]}', where {wanted} finite ones are "
+                "wanted"
+            )
+
+
+def fill(model: Model, plan: Plan, pooling: str, writer: store.Writer) -> None:
     """Every block that is not done: read (one ahead), run, write."""
-    ends = np.concatenate([[0], np.cumsum(rows)])
-    todo = [(number, some) for number, some in blocks(chosen) if number not in writer.done]
-    done = len(chosen) - sum(len(some) for _, some in todo)
+    todo = [block for block in writer.blocks if block.number not in writer.done]
+    total = len(plan.names)
+    done = total - sum(block.cells.stop - block.cells.start for block in todo)
     with (
         concurrent.futures.ThreadPoolExecutor(1) as reader,
-        tqdm(total=len(chosen), initial=done, unit=" cells", unit_scale=True) as bar,
+        tqdm(total=total, initial=done, unit=" cells", unit_scale=True) as bar,
     ):
-        ahead = reader.submit(plan.read, todo[0][1]) if todo else None
-        for i, (number, some) in enumerate(todo):
+        ahead = reader.submit(plan.read, todo[0].cells) if todo else None
+        for i, block in enumerate(todo):
             inputs = ahead.result()
-            ahead = reader.submit(plan.read, todo[i + 1][1]) if i + 1 < len(todo) else None
+            ahead = reader.submit(plan.read, todo[i + 1].cells) if i + 1 < len(todo) else None
             found = model.evaluate(
                 inputs, list(writer.layers.values()), pooling, batch_size=FLAGS.batch_size
             ).hidden
-            start = number * BLOCK
-            where = slice(int(ends[start]), int(ends[start + len(some)]))
-            writer.write(
-                number, where, {name: found[layer] for name, layer in writer.layers.items()}
-            )
-            bar.update(len(some))
+            values = {name: found[layer] for name, layer in writer.layers.items()}
+            writer.write(block.number, block.rows, values)
+            bar.update(block.cells.stop - block.cells.start)
 
 
 def forecast(
     model: Model,
     plan: Plan,
-    chosen: np.ndarray,
-    layers: list[Any],
+    layers: Sequence[Layer],
     pooling: str,
     rows: np.ndarray,
     empty: np.ndarray,
 ) -> None:
     """Time a batch of typical cells and print what the whole would take."""
-    some = np.random.default_rng(0).permutation(chosen[~empty])[: FLAGS.batch_size]
+    some = np.random.default_rng(0).permutation(np.flatnonzero(~empty))[: FLAGS.batch_size]
     inputs = plan.read(np.sort(some))
     seconds = []
     for _ in range(2):  # the first one warms up
@@ -243,50 +268,7 @@ def forecast(
     print(f"layers      {', '.join(map(str, layers))} ({pooling})")
     print(f"rows        {int(rows.sum())} x {model.d_model} a layer")
     print(f"on disk     about {size / 2**30:.3g} GiB in {len(layers)} stores")
-    print(f"time        about {per_cell * len(chosen):.0f} s at {1 / per_cell:.1f} cells/s")
-
-
-def provenance(
-    model: Model,
-    plan: Plan,
-    pooling: str,
-    chosen: np.ndarray,
-    empty: np.ndarray,
-    obs: pd.DataFrame,
-) -> dict[str, Any]:
-    """All that the rows depend on, and its hash `identity`."""
-    index = obs.index.astype(str)
-    about = {
-        "model": model.name,
-        "checkpoint": FLAGS.checkpoint,
-        "checkpoint_sha256": model.checkpoint,
-        "input": FLAGS.h5ad,
-        "input_sha256": _input_hash(Path(FLAGS.h5ad)),
-        "counts": FLAGS.counts or "X",
-        "genes": FLAGS.genes or "var_names",
-        "genes_sha256": store.names_hash(model.genes),
-        "pooling": pooling,
-        "preprocessing": {k: v for k, v in plan.settings.items() if k != "coverage"},
-        "coverage": plan.settings.get("coverage", {}),
-        "obs_filter": FLAGS.obs_filter or "",
-        "cells": len(chosen),
-        "cells_sha256": store.names_hash([plan.names[i] for i in chosen]),
-        "obs_names_sha256": store.names_hash(index),
-        "empty_cells": [plan.names[i] for i in chosen[empty]],
-        "dtype": FLAGS.dtype or "float32",
-        "store_dtype": FLAGS.store_dtype,
-        "versions": {name: importlib.metadata.version(name) for name in ("sae-jax", "torch")},
-    }
-    free = ("checkpoint", "input", "versions")
-    fixed = json.dumps({k: v for k, v in about.items() if k not in free}, sort_keys=True)
-    return about | {"identity": hashlib.sha256(fixed.encode()).hexdigest()}
-
-
-def _input_hash(path: Path) -> str:
-    if path.is_file():
-        return checkpoints.sha256(path)
-    files = sorted(p for p in path.rglob("*") if p.is_file())
-    return store.names_hash([f"{p.relative_to(path)} {checkpoints.sha256(p)}" for p in files])
+    print(f"time        about {per_cell * len(rows):.0f} s at {1 / per_cell:.1f} cells/s")
 
 
 def cli() -> None:
@@ -321,12 +303,11 @@ def run(arguments: Sequence[str]) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if not full and not isinstance(error, PermissionError):
             raise
-        print(
-            f"error: {FLAGS.output}: {error.strerror}; make room and give the same command again",
-            file=sys.stderr,
-        )
+        advice = "make room" if full else "change that"
+        print(f"error: {error}; {advice} and give the same command again", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)

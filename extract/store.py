@@ -4,16 +4,14 @@ NAME.zarr   X [rows, d_model]; obs: the file's rows, order and names (under pool
             columns cell and gene); uns["extraction"]: where it comes from. `anndata.read_zarr`
             reads it, and so does sae_jax.
 
-Chunks carry crc32c. A deleted or cut chunk would still go unnoticed, so the root's attributes hold
-a manifest, written last: size and SHA-256 of every file. While it grows a store lies in
-`.extracting`.
+Chunks carry crc32c, and one that is missing reads as NaN. A deleted or cut chunk would still go
+unnoticed, so the root's attributes hold a manifest, written last: size and SHA-256 of every file.
+While it grows a store lies in `.extracting`, beside the list of blocks that are done.
 """
 
 import contextlib
 import dataclasses
-import errno
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -29,10 +27,14 @@ import zarr
 import zarr.codecs
 
 from extract.errors import InputError, listed
+from extract.hashing import rows_hash, sha256
+from extract.provenance import differences
 
 DTYPES = ("float32", "bfloat16", "float16")
 _MANIFEST = "extraction-manifest"
 _CHUNK_BYTES = 4 << 20
+BLOCK_BYTES = 512 << 20  # of output, all layers together: what is in memory at a time
+BLOCK_CELLS = 4096  # at most; their expression is in memory too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Store:
           InputError: a file that is not what was written.
         """
         for name, (_, expected) in _manifest(zarr.open_group(self.path, mode="r"), self.path):
-            if _sha256(self.path / name) != expected:
+            if sha256(self.path / name) != expected:
                 raise InputError(f"{self.path}: {name} is not what was written: extract it again")
 
 
@@ -89,11 +91,13 @@ def open(path: str | os.PathLike[str]) -> Store:  # `extract.store.open(path)` i
                 raise InputError(f"{path}: {name} is missing or cut; extract it again")
         x, obs = root["X"], anndata.io.read_elem(root["obs"])
         extraction = anndata.io.read_elem(root["uns/extraction"])
-        if len(obs) != x.shape[0] or names_hash(obs.index) != extraction["obs_names_sha256"]:
+        if (
+            len(obs) != x.shape[0]
+            or rows_hash(obs, extraction["pooling"]) != extraction["obs_names_sha256"]
+        ):
             raise InputError(f"{path}: obs does not belong to X: extract it again")
         for rows in (slice(0, x.chunks[0]), slice(max(0, len(obs) - x.chunks[0]), None)):
-            empty = np.isin(obs.index[rows], list(extraction["empty_cells"]))
-            if not np.isfinite(x[rows][~empty]).all():
+            if _not_finite(x[rows], obs.iloc[rows], extraction):
                 raise InputError(f"{path}: X holds NaN or infinite values: extract it again")
     except InputError:
         raise
@@ -110,17 +114,12 @@ def _manifest(root: zarr.Group, path: Path) -> Iterator[tuple[str, tuple[int, st
     return iter(manifest.items())
 
 
-def names_hash(names: Sequence[str]) -> str:
-    """SHA-256 of names in their order."""
-    digest = hashlib.sha256()
-    for name in names:
-        digest.update(str(name).encode() + b"\0")
-    return digest.hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _not_finite(values: np.ndarray, obs: pd.DataFrame, extraction: dict[str, Any]) -> list[str]:
+    """Cells with values that are not finite, but for those that are named as empty."""
+    bad = obs.iloc[np.flatnonzero(~np.isfinite(values).all(axis=1))]
+    names = bad["cell"] if extraction["pooling"] == "tokens" else bad.index
+    empty = set(extraction["empty_cells"])
+    return [name for name in dict.fromkeys(map(str, names)) if name not in empty]
 
 
 def to_bfloat16(values: np.ndarray) -> np.ndarray:
@@ -131,16 +130,33 @@ def to_bfloat16(values: np.ndarray) -> np.ndarray:
     return np.where(np.isfinite(values), rounded.view(np.float32), values)
 
 
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """What is computed and written together: positions of its cells, and of their rows."""
+
+    number: int
+    cells: slice
+    rows: slice
+
+
 class Writer:
-    """Several stores of the same rows, filled a block of rows at a time; continues after a kill.
+    """Several stores of the same rows, filled a block at a time; continues after a kill.
+
+    An unfinished extraction in the folder goes on, with its own layers and blocks, if it is of the
+    same identity.
 
     Args:
       folder: where the stores will lie.
       layers: their names, and which layer each is.
       obs: of the rows.
       width: of a row.
-      extraction: of all layers, in JSON's types; another than an unfinished one's is refused.
+      extraction: of all layers, in JSON's types, with its `identity`.
       dtype: one of `DTYPES`.
+      rows: how many rows each cell has, int64 [cells]; None: one.
+      overwrite: whether an extraction of another identity is replaced.
+
+    Raises:
+      InputError: the folder holds an extraction of another identity, or a damaged one.
     """
 
     def __init__(
@@ -151,60 +167,86 @@ class Writer:
         width: int,
         extraction: dict[str, Any],
         dtype: str,
+        *,
+        rows: np.ndarray | None = None,
+        overwrite: bool = False,
     ) -> None:
         self.folder, self.aside = folder, folder / ".extracting"
         self.layers, self.dtype = layers, dtype
-        settings = {"layers": layers, "dtype": dtype, "width": width, "extraction": extraction}
+        self._obs, self._extraction = obs, extraction
         self._progress = self.aside / "progress.json"
+        rows = np.ones(len(obs), np.int64) if rows is None else rows
+        self._bounds = _bounds(rows, BLOCK_BYTES // (width * 4 * len(layers)))
         self.done: set[int] = set()
-        if self._progress.is_file():
-            found = self._read_progress()
-            there = found["settings"]["layers"]  # killed in `finish`, some have been moved
-            left = {k: v for k, v in there.items() if (self.aside / f"{k}.zarr").exists()}
-            found["settings"]["layers"] = left
-            if found["settings"] != json.loads(json.dumps(settings)):
-                raise InputError(
-                    f"{folder} holds an unfinished extraction of other settings "
-                    f"({_first_difference(found['settings'], settings)}): finish it, give another "
-                    "folder, or --overwrite"
-                )
-            self.done = set(found["done"])
-        else:
+        goes_on = self._progress.is_file() and self._goes_on(overwrite)
+        for name in self.layers:  # also those that an earlier command asked for
+            finished(folder, name, extraction, overwrite=overwrite)
+        if not goes_on:
             shutil.rmtree(self.aside, ignore_errors=True)
             self.aside.mkdir(parents=True)
             for name, layer in layers.items():
-                self._create(name, obs, width, {**extraction, "layer": layer})
-            self._settings = settings
+                self._create(name, width, {**extraction, "layer": layer})
+            for path in self.aside.rglob("*"):
+                if path.is_file():
+                    _sync(path)
             self._save_progress()
-        self._settings = settings
-        self._arrays = {
-            name: zarr.open_group(self.aside / f"{name}.zarr", mode="r+")["X"] for name in layers
-        }
+        ends = np.concatenate([[0], np.cumsum(rows)])[self._bounds].tolist()
+        self.blocks = [
+            Block(i, slice(*self._bounds[i : i + 2]), slice(*ends[i : i + 2]))
+            for i in range(len(ends) - 1)
+        ]
+        with zarr.config.set({"array.write_empty_chunks": True}):  # of empty cells: all NaN
+            self._arrays = {
+                name: zarr.open_group(self.aside / f"{name}.zarr", mode="r+")["X"]
+                for name in self.layers
+            }
+        self.done -= self._missing()
 
-    def _read_progress(self) -> dict[str, Any]:
+    def _goes_on(self, overwrite: bool) -> bool:
+        """Take up what is there, unless it is to be replaced."""
         try:
-            return json.loads(self._progress.read_text())
-        except ValueError:
+            found = json.loads(self._progress.read_text())
+            there, layers, bounds, done = (
+                found[key] for key in ("extraction", "layers", "bounds", "done")
+            )
+        except (ValueError, KeyError, TypeError):
+            if overwrite:
+                return False
             raise InputError(f"{self._progress} is damaged: give --overwrite") from None
+        if there["identity"] != self._extraction["identity"]:
+            if overwrite:
+                return False
+            raise InputError(
+                f"{self.folder} holds an unfinished extraction of other settings "
+                f"({differences(there, self._extraction)}): finish it, give another --output, or "
+                "--overwrite"
+            )
+        # Killed in `finish`, some have been moved.
+        self.layers = {k: v for k, v in layers.items() if (self.aside / f"{k}.zarr").exists()}
+        self._bounds, self.done = bounds, set(done)
+        for partial in self.aside.rglob("*.partial"):  # of zarr, killed while it wrote
+            partial.unlink()
+        return True
 
-    def _create(self, name: str, obs: pd.DataFrame, width: int, extraction: dict[str, Any]) -> None:
+    def _create(self, name: str, width: int, extraction: dict[str, Any]) -> None:
         root = zarr.open_group(self.aside / f"{name}.zarr", mode="w", zarr_format=3)
         root.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
         kind = np.dtype("float16" if self.dtype == "float16" else "float32")
-        rows = max(1, min(len(obs), _CHUNK_BYTES // (width * kind.itemsize)))
+        rows = max(1, min(len(self._obs), _CHUNK_BYTES // (width * kind.itemsize)))
         shuffle = zarr.codecs.BloscCodec(
             cname="zstd", clevel=1, shuffle="shuffle", typesize=kind.itemsize
         )
         x = root.create_array(
             "X",
-            shape=(len(obs), width),
+            shape=(len(self._obs), width),
             chunks=(rows, width),
             dtype=kind,
+            fill_value=np.nan,  # never zeros, which could be taken for values
             compressors=[shuffle, zarr.codecs.Crc32cCodec()],
         )
         x.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
         var = pd.DataFrame(index=[f"d{i}" for i in range(width)])
-        parts = {"obs": obs, "var": var, "uns": {"extraction": extraction}}
+        parts = {"obs": self._obs, "var": var, "uns": {"extraction": extraction}}
         parts |= {key: {} for key in ("layers", "obsm", "varm", "obsp", "varp")}
         with warnings.catch_warnings():  # of anndata about a default to come
             warnings.filterwarnings("ignore", message=".*autosharding")
@@ -212,34 +254,106 @@ class Writer:
                 anndata.io.write_elem(root, key, part)
 
     def write(self, block: int, rows: slice, values: dict[str, np.ndarray]) -> None:
-        """Rows of every layer, by its name; `block` is remembered as done."""
+        """Rows of every layer, by its name; on disk before `block` is remembered as done.
+
+        Raises:
+          InputError: values that are not finite, of a cell that is not empty.
+        """
         for name, array in self._arrays.items():
-            part = values[name]
-            array[rows] = to_bfloat16(part) if self.dtype == "bfloat16" else part
+            part = self._narrow(values[name])
+            if cells := _not_finite(part, self._obs.iloc[rows], self._extraction):
+                raise InputError(
+                    f"{name}: the rows of {len(cells)} cells hold NaN or infinite values as "
+                    f"{self.dtype} ({listed(cells)}); leave these cells out, or give wider --dtype "
+                    "and --store_dtype if it is for them"
+                )
+            array[rows] = part
+            for number in self._chunks(name, rows):
+                file = self._chunk(name, number)
+                for path in (file, file.parent, file.parent.parent):
+                    _sync(path)
         self.done.add(block)
         self._save_progress()
 
+    def _narrow(self, values: np.ndarray) -> np.ndarray:
+        if self.dtype == "bfloat16":
+            return to_bfloat16(values)
+        with np.errstate(over="ignore"):  # refused as infinite
+            return values.astype(self.dtype, copy=False)
+
+    def _chunk(self, name: str, number: int) -> Path:
+        key = self._arrays[name].metadata.encode_chunk_key((number, 0))
+        return self.aside / f"{name}.zarr" / "X" / key
+
+    def _chunks(self, name: str, rows: slice) -> range:
+        step = self._arrays[name].chunks[0]
+        return range(rows.start // step, -(-rows.stop // step))
+
+    def _missing(self) -> set[int]:
+        """Blocks of which a chunk is not there."""
+        missing = set()
+        for name, array in self._arrays.items():
+            every = self._chunks(name, slice(0, array.shape[0]))
+            gone = [not self._chunk(name, number).is_file() for number in every]
+            missing |= {
+                block.number
+                for block in self.blocks
+                if any(gone[number] for number in self._chunks(name, block.rows))
+            }
+        return missing
+
     def _save_progress(self) -> None:
         fresh = self._progress.with_suffix(".new")
-        text = json.dumps({"settings": self._settings, "done": sorted(self.done)})
+        progress = {
+            "extraction": self._extraction,
+            "layers": self.layers,
+            "bounds": self._bounds,
+            "done": sorted(self.done),
+        }
         with fresh.open("w") as file:
-            file.write(text)
+            file.write(json.dumps(progress))
             file.flush()
             os.fsync(file.fileno())
         fresh.replace(self._progress)
+        _sync(self.aside)
 
     def finish(self) -> list[Path]:
-        """Put the stores in their place, each with its manifest."""
+        """Put the stores in their place, each with its manifest.
+
+        Raises:
+          InputError: a chunk is not there; its block is no longer remembered as done.
+        """
+        self.done -= self._missing()
+        if undone := len(self.blocks) - len(self.done):
+            self._save_progress()
+            raise InputError(
+                f"{self.aside}: {undone} of {len(self.blocks)} blocks are missing, though they "
+                "were written (were files deleted?); give the same command again"
+            )
         for name in self.layers:
-            path = self.aside / f"{name}.zarr"
+            path, target = self.aside / f"{name}.zarr", self.folder / f"{name}.zarr"
             files = sorted(p for p in path.rglob("*") if p.is_file() and p.parent != path)
-            manifest = {str(p.relative_to(path)): [p.stat().st_size, _sha256(p)] for p in files}
+            manifest = {str(p.relative_to(path)): [p.stat().st_size, sha256(p)] for p in files}
             zarr.open_group(path, mode="r+").attrs[_MANIFEST] = manifest
-            for file in (*files, path / "zarr.json"):
-                _sync(file)
-            path.rename(self.folder / path.name)
+            _sync(path / "zarr.json")
+            if target.exists():  # to be overwritten, or `finished` had refused it
+                target.rename(self.aside / f"{name}.replaced")
+            path.rename(target)
+        _sync(self.folder)
         shutil.rmtree(self.aside)
         return [self.folder / f"{name}.zarr" for name in self.layers]
+
+
+def _bounds(rows: np.ndarray, most: int) -> list[int]:
+    """Where blocks of cells begin and end: `most` rows and BLOCK_CELLS cells, or one cell."""
+    ends = np.cumsum(rows)
+    bounds = [0]
+    while bounds[-1] < len(rows):
+        begin = bounds[-1]
+        before = ends[begin - 1] if begin else 0
+        fit = int(np.searchsorted(ends, before + most, side="right"))
+        bounds.append(min(max(fit, begin + 1), begin + BLOCK_CELLS, len(rows)))
+    return bounds
 
 
 def _sync(path: Path) -> None:
@@ -250,45 +364,63 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _first_difference(found: Any, asked: Any, where: str = "") -> str:
-    if isinstance(found, dict) and isinstance(asked, dict):
-        for key in {**found, **asked}:
-            if found.get(key) != json.loads(json.dumps(asked.get(key))):
-                return _first_difference(
-                    found.get(key), asked.get(key), f"{where}.{key}".strip(".")
-                )
-    return f"{where}: {found!r} there, {asked!r} asked for"
-
-
-def finished(folder: Path, name: str, extraction: dict[str, Any]) -> bool:
+def finished(
+    folder: Path, name: str, extraction: dict[str, Any], *, overwrite: bool = False
+) -> bool:
     """Whether the store `name` is there already, whole and of this extraction.
 
     Raises:
-      InputError: there is one of another extraction, or a damaged one.
+      InputError: there is one of another extraction, or a damaged one, that is not to be
+        overwritten; or something that is no store at all.
     """
     path = folder / f"{name}.zarr"
     if not path.exists():
         return False
-    found = open(path).extraction["identity"]
-    if found != extraction["identity"]:
+    if not (path / "uns/extraction").is_dir():
         raise InputError(
-            f"{path} is of another extraction (model, input, preprocessing, pooling or dtype "
-            "differ; see uns['extraction'] in it): give another --output, or --overwrite"
+            f"{path} is in the way and no extraction store: move it, or give another --output"
         )
-    return True
+    try:
+        found = open(path).extraction
+    except InputError as error:
+        if overwrite:
+            return False
+        raise InputError(f"{error} (--overwrite replaces it)") from None
+    if found["identity"] == extraction["identity"]:
+        return True
+    if overwrite:
+        return False
+    raise InputError(
+        f"{path} is of another extraction ({differences(found, extraction)}): give another "
+        "--output, or --overwrite"
+    )
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse a folder that cannot be made or written to; nothing is made yet.
+
+    Raises:
+      InputError: see above.
+    """
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise InputError(f"{folder} cannot be written to ({there} is no folder)")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"{folder} cannot be written to (permission denied for {there})")
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Nobody else fills the folder meanwhile; ends with the process. No lock where there are none.
 
+    What a kill left that is of no use is deleted.
+
     Raises:
       InputError: another process fills it, or it cannot be made or written to.
     """
+    check_writable(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(errno.EACCES, "permission denied")
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
         raise InputError(f"{folder} cannot be written to ({error.strerror})") from None
@@ -299,6 +431,11 @@ def locked(folder: Path) -> Iterator[None]:
             raise InputError(f"{folder} is being filled by another process") from None
         except OSError:
             pass  # a file system without locks
+        aside = folder / ".extracting"
+        if aside.is_dir() and not (
+            (aside / "progress.json").is_file() and any(aside.glob("*.zarr"))
+        ):
+            shutil.rmtree(aside)  # killed when it had just begun, or was done but for this
         yield
     finally:
         os.close(handle)
@@ -307,20 +444,22 @@ def locked(folder: Path) -> Iterator[None]:
 def export_npy(path: Path) -> list[Path]:
     """NAME.npy beside NAME.names.txt, one name a line (of tokens: cell, tab, gene)."""
     store = open(path)
-    target, names = path.with_suffix(".npy"), path.with_suffix(".names.txt")
-    aside = target.with_suffix(".npy.writing")
-    out = np.lib.format.open_memmap(aside, mode="w+", dtype=store.X.dtype, shape=store.shape)
-    for start in range(0, store.shape[0], store.X.chunks[0]):
-        rows = slice(start, start + store.X.chunks[0])
-        out[rows] = store.X[rows]
+    targets = [path.with_suffix(".npy"), path.with_suffix(".names.txt")]
+    aside = [target.with_name(f"{target.name}.writing") for target in targets]
+    out = np.lib.format.open_memmap(aside[0], mode="w+", dtype=store.X.dtype, shape=store.shape)
+    with aside[1].open("w") as names:
+        for start in range(0, store.shape[0], store.X.chunks[0]):
+            rows = slice(start, start + store.X.chunks[0])
+            out[rows] = store.X[rows]
+            obs = store.obs.iloc[rows]
+            lines = obs.index
+            if store.extraction["pooling"] == "tokens":
+                lines = obs["cell"].astype(str) + "\t" + obs["gene"].astype(str)
+            names.writelines(f"{line}\n" for line in lines)
     out.flush()
-    aside.replace(target)
-    if store.extraction["pooling"] == "tokens":
-        lines = [f"{c}\t{g}" for c, g in zip(store.obs["cell"], store.obs["gene"], strict=True)]
-    else:
-        lines = [str(name) for name in store.obs.index]
-    names.write_text("\n".join(lines) + "\n")
-    return [target, names]
+    for written, target in zip(aside, targets, strict=True):
+        written.replace(target)
+    return targets
 
 
 def layer_name(layer: int | str) -> str:

@@ -256,7 +256,7 @@ def swept(cells: anndata.AnnData, tmp_path: Path) -> tuple[Path, Path]:
     order = np.random.default_rng(1).permutation(CELLS)
     about = {
         "identity": "i", "pooling": "latent", "empty_cells": [],
-        "obs_names_sha256": store.names_hash(cells.obs_names[order]),
+        "obs_names_sha256": store.rows_hash(cells.obs.iloc[order], "latent"),
     }  # fmt: skip
     writer = store.Writer(
         tmp_path, {"latent": "latent"}, cells.obs.iloc[order], 6, about, "float32"

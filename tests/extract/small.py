@@ -10,7 +10,10 @@ import numpy as np
 import scipy.sparse
 import torch
 
+import extract
+
 GENES = [f"G{i}" for i in range(40)]
+Program = Callable[..., Path]  # flags -> the output folder
 
 
 def write_checkpoint(
@@ -61,3 +64,9 @@ def some_cells(n: int = 12, seed: int = 0, genes: int = 30) -> anndata.AnnData:
 
 
 CELLS = some_cells()
+
+
+def expected(
+    layers: Any, pooling: str, checkpoint: Path, cells: Any = CELLS, **options: Any
+) -> Any:
+    return extract.load_model("scgpt", checkpoint).embed(cells, layers, pooling, **options)

@@ -1,73 +1,26 @@
-"""`python -m extract.main`: what it leaves, how it goes on, what it refuses."""
+"""`python -m extract.main`: what it leaves and what it refuses."""
 
-import json
-import resource
-import shutil
-import signal
+import errno
+import importlib.metadata
+import os
+import re
 import subprocess
 import sys
-import time
+import types
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import anndata
 import numpy as np
-import pandas as pd
 import pytest
-from absl import flags
-from absl.testing import flagsaver
+import torch
 
-import extract
 from extract import InputError, main, store
-from tests.extract.small import CELLS, GENES, write_checkpoint
-
-Program = Callable[..., Path]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("c") / "scgpt")
-
-
-@pytest.fixture(scope="module")
-def cells_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    cells = CELLS.copy()
-    cells.obs["kind"] = pd.Categorical(["a", "b", "c"] * 4)
-    cells.obs["filter_pass"] = [0, *[1] * 11]
-    cells.layers["counts"] = cells.X.copy()
-    path = tmp_path_factory.mktemp("h") / "cells.h5ad"
-    cells.write_h5ad(path)
-    return path
-
-
-@pytest.fixture
-def program(
-    checkpoint: Path, cells_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Program:
-    """Runs it on flags, three cells a block; returns the output folder."""
-    monkeypatch.setattr(main, "BLOCK", 3)
-
-    def run(**given: Any) -> Path:
-        call = {"model": "scgpt", "checkpoint": checkpoint, "h5ad": cells_file, "device": "cpu"}
-        call |= {"output": tmp_path / "out"} | given
-        words = []
-        for name, value in call.items():
-            values = value if isinstance(value, list) else [value]
-            words += [f"--{name}={one}" for one in values if one is not None]
-        with flagsaver.flagsaver():
-            main.define_flags()
-            flags.FLAGS(["program", *words])
-            main.main()
-        return Path(call["output"])
-
-    return run
-
-
-def expected(
-    layers: Any, pooling: str, checkpoint: Path, cells: Any = CELLS, **options: Any
-) -> Any:
-    return extract.load_model("scgpt", checkpoint).embed(cells, layers, pooling, **options)
+from extract.models.base import Model, Plan
+from extract.models.vectors import Vectors
+from tests.extract.small import CELLS, GENES, Program, expected, write_checkpoint
 
 
 def test_stores_of_all_layers(program: Program, checkpoint: Path) -> None:
@@ -173,182 +126,7 @@ def test_a_dry_run_writes_nothing(
     assert "tokens a cell" in caplog.text
 
 
-# Going on
-
-
-class Killed(BaseException):
-    pass
-
-
-@pytest.mark.parametrize("moment", ["first write", "third write", "between layers", "renaming"])
-def test_a_killed_extraction_goes_on(
-    program: Program, moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = program(output=tmp_path / "whole", layers="all")
-    real_write, real_save = store.Writer.write, store.Writer._save_progress
-    calls = []
-
-    def write(self: store.Writer, *args: Any) -> None:
-        calls.append(args[0])
-        if len(calls) == {"first write": 1, "third write": 3}.get(moment, 0):
-            raise Killed
-        real_write(self, *args)
-
-    def save(self: store.Writer) -> None:
-        if moment == "between layers" and len(calls) == 2:
-            raise Killed
-        real_save(self)
-
-    def rename(self: Path, target: Path) -> Path:
-        if moment == "renaming" and self.name == "layer_01.zarr":
-            raise Killed
-        return real_rename(self, target)
-
-    real_rename = Path.rename
-    with monkeypatch.context() as patch:
-        patch.setattr(store.Writer, "write", write)
-        patch.setattr(store.Writer, "_save_progress", save)
-        patch.setattr(Path, "rename", rename)
-        with pytest.raises(Killed):
-            program(layers="all")
-    written: list[int] = []
-    monkeypatch.setattr(
-        store.Writer, "write", lambda self, *a: (written.append(a[0]), real_write(self, *a))
-    )
-    out = program(layers="all")
-    done = {"first write": 0, "third write": 2, "between layers": 1, "renaming": 4}[moment]
-    assert written == list(range(done, 4))
-    for path in whole.glob("*.zarr"):
-        again = store.open(out / path.name)
-        again.verify()
-        np.testing.assert_array_equal(again.X[:], store.open(path).X[:])
-    assert not (out / ".extracting").exists()
-
-
-def test_a_process_that_is_killed_goes_on(
-    program: Program, checkpoint: Path, cells_file: Path, tmp_path: Path
-) -> None:
-    whole = program(output=tmp_path / "whole", pooling="tokens")
-    out = tmp_path / "out"
-    code = (
-        "import sys, time\nfrom extract import main, store\nmain.BLOCK = 3\n"
-        "write = store.Writer.write\n"
-        "store.Writer.write = lambda self, *a: (write(self, *a), time.sleep(.3))\n"
-        f"sys.argv = ['x', '--model=scgpt', '--checkpoint={checkpoint}', '--h5ad={cells_file}',"
-        f" '--output={out}', '--pooling=tokens', '--device=cpu']\nmain.cli()\n"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
-    progress = out / ".extracting/progress.json"
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        if progress.exists() and len(json.loads(progress.read_text())["done"]) >= 2:
-            break
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (out / "layer_02.zarr").exists()
-    program(output=out, pooling="tokens")
-    again, plain = (store.open(folder / "layer_02.zarr") for folder in (out, whole))
-    np.testing.assert_array_equal(again.X[:], plain.X[:])
-    pd.testing.assert_frame_equal(again.obs, plain.obs)
-
-
-def test_the_same_command_again_does_nothing_and_another_is_refused(
-    program: Program, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out = program(layers="1")
-    before = (out / "layer_01.zarr/zarr.json").stat().st_mtime_ns
-    monkeypatch.setattr(main, "fill", lambda *_: pytest.fail("ran"))
-    program(layers="1")
-    with pytest.raises(InputError, match="of another extraction"):
-        program(layers="1", pooling="mean")
-    assert (out / "layer_01.zarr/zarr.json").stat().st_mtime_ns == before
-    monkeypatch.undo()
-
-
-def test_more_layers_later_and_overwriting(program: Program) -> None:
-    out = program(layers="1")
-    program(layers="0,1")
-    assert store.open(out / "layer_00.zarr").extraction["pooling"] == "cls"
-    program(layers="1", pooling="mean", overwrite=True)
-    assert store.open(out / "layer_01.zarr").extraction["pooling"] == "mean"
-
-
-def test_an_unfinished_one_of_other_settings_is_refused(
-    program: Program, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(store.Writer, "finish", lambda _: (_ for _ in ()).throw(Killed))
-        with pytest.raises(Killed):
-            program()
-    with pytest.raises(InputError, match=r"unfinished extraction of other settings \(extraction"):
-        program(pooling="mean")
-    program()
-
-
-def test_two_processes_do_not_share_a_folder(program: Program, tmp_path: Path) -> None:
-    with store.locked(tmp_path / "out"), pytest.raises(InputError, match="by another process"):
-        program()
-
-
-def test_a_full_disk_loses_nothing(
-    program: Program, checkpoint: Path, cells_file: Path, tmp_path: Path
-) -> None:
-    whole = program(output=tmp_path / "whole", pooling="tokens", layers="all")
-    out = tmp_path / "out"
-    argv = [
-        sys.executable, "-m", "extract.main", "--model=scgpt", f"--checkpoint={checkpoint}",
-        f"--h5ad={cells_file}", f"--output={out}", "--pooling=tokens", "--layers=all",
-        "--device=cpu",
-    ]  # fmt: skip
-    full = subprocess.run(
-        argv, capture_output=True, text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000)),
-    )  # fmt: skip
-    assert full.returncode == 1, full.stderr
-    assert "make room and give the same command again" in full.stderr
-    assert "Traceback" not in full.stderr
-    assert not list(out.glob("*.zarr"))
-    subprocess.run(argv, check=True, capture_output=True)
-    for path in whole.glob("*.zarr"):
-        np.testing.assert_allclose(
-            store.open(out / path.name).X[:], store.open(path).X[:], atol=1e-6
-        )
-
-
 # Damage and refusals
-
-
-@pytest.mark.parametrize("damage", ["delete", "cut", "flip", "obs", "unfinished"])
-def test_a_damaged_store_is_not_opened(program: Program, damage: str) -> None:
-    path = program(pooling="tokens") / "layer_02.zarr"
-    chunk = next(p for p in (path / "X").rglob("*") if p.is_file() and p.name != "zarr.json")
-    content = bytearray(chunk.read_bytes())
-    if damage == "delete":
-        chunk.unlink()
-    elif damage == "cut":
-        chunk.write_bytes(content[:-1])
-    elif damage == "flip":
-        content[len(content) // 2] ^= 1
-        chunk.write_bytes(content)
-    elif damage == "obs":
-        names = next(p for p in (path / "obs/_index").rglob("*") if p.name != "zarr.json")
-        names = names if names.is_file() else next(p for p in names.rglob("*") if p.is_file())
-        names.write_bytes(names.read_bytes()[::-1])
-    else:
-        meta = json.loads((path / "zarr.json").read_text())
-        del meta["attributes"]["extraction-manifest"]
-        (path / "zarr.json").write_text(json.dumps(meta))
-    with pytest.raises(InputError, match=r"layer_02\.zarr"):
-        store.open(path)
-    with pytest.raises(InputError):
-        program(pooling="tokens")
-    shutil.rmtree(path)
-
-
-def test_a_store_is_no_store(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no extraction store"):
-        store.open(tmp_path)
 
 
 def test_empty_cells(program: Program, tmp_path: Path) -> None:
@@ -370,15 +148,26 @@ def test_empty_cells(program: Program, tmp_path: Path) -> None:
     ("given", "message"),
     [
         ({"model": None}, "--model is needed"),
-        ({"h5ad": "nowhere.h5ad"}, "nowhere.h5ad cannot be read"),
+        ({"model": "callable"}, "--model=callable reads a Python object"),
+        ({"h5ad": "nowhere.h5ad"}, "nowhere.h5ad: there is no such file"),
+        ({"h5ad": "extract"}, "extract: a folder, but no zarr store"),
+        ({"h5ad": "setup.py"}, "setup.py: no HDF5 file"),
+        ({"output": "setup.py"}, "setup.py cannot be written to"),
+        ({"output": "setup.py/out"}, "setup.py/out cannot be written to .*setup.py is no folder"),
         ({"checkpoint": "nowhere"}, "the checkpoint nowhere is not a folder"),
         ({"layers": "7"}, "no layer 7"),
         ({"layers": "last"}, "no layer 'last'"),
+        ({"layers": "--1"}, "no layer '--1'"),
+        ({"layers": "1.5"}, "no layer '1.5'"),
         ({"pooling": "max"}, "no pooling 'max'"),
         ({"counts": "raw"}, r"no layers\['raw'\]; layers: counts"),
         ({"genes": "symbol"}, r"no var\['symbol'\]"),
         ({"option": ["lenght=3"]}, "no preprocessing lenght"),
         ({"option": ["max_length"]}, "KEY=VALUE is wanted"),
+        ({"option": ["max_length=5", "max_length=6"]}, "max_length is given twice"),
+        ({"option": ["device=cuda"]}, "that is no option"),
+        ({"option": ["counts=raw"]}, "that is no option"),
+        ({"option": ["cls=False"]}, "wants the <cls> token"),
         ({"obs_filter": "celltype == 1"}, "--obs_filter=celltype == 1"),
         ({"obs_filter": "filter_pass + 1"}, "not true or false"),
         ({"obs_filter": "filter_pass == 5"}, "no cell is left"),
@@ -397,7 +186,7 @@ def test_a_cut_file_of_cells(program: Program, cells_file: Path, tmp_path: Path)
     content = cells_file.read_bytes()
     for size in (10, len(content) // 2, len(content) - 100):
         cut.write_bytes(content[:size])
-        with pytest.raises(InputError, match=r"cut\.h5ad cannot be read"):
+        with pytest.raises(InputError, match=r"cut\.h5ad(: no HDF5 file| cannot be read)"):
             program(h5ad=cut)
 
 
@@ -411,7 +200,7 @@ def test_other_forms_of_cells(
     elif "dense" in kind:
         cells.X = cells.X.toarray()
     cells.obs["kind"] = ["a", "b", "c"] * 4
-    path = tmp_path / ("c.zarr" if "zarr" in kind else "c.h5ad")
+    path = tmp_path / ("cells" if "zarr" in kind else "of.zarr.h5ad")  # names say nothing
     (cells.write_zarr if "zarr" in kind else cells.write_h5ad)(path)
     plain = expected(None, "cls", checkpoint)[2]
     found = store.open(program(h5ad=path) / "layer_02.zarr").X[:]
@@ -419,3 +208,201 @@ def test_other_forms_of_cells(
     some = program(h5ad=path, output=tmp_path / "some", obs_filter="kind != 'b'")
     found = store.open(some / "layer_02.zarr").X[:]
     np.testing.assert_allclose(found, plain[np.arange(12) % 3 != 1], atol=1e-6)
+
+
+def normalised(cells: anndata.AnnData) -> None:
+    cells.X = np.log1p(cells.X.toarray() * 0.37)
+
+
+def rename(*names: str) -> Callable[[anndata.AnnData], None]:
+    def change(cells: anndata.AnnData) -> None:
+        cells.var_names = [*names, *cells.var_names[len(names) :]]
+
+    return change
+
+
+def same_cells(cells: anndata.AnnData) -> None:
+    cells.obs_names = ["cell1", *cells.obs_names[1:]]
+
+
+@pytest.mark.parametrize(
+    ("change", "given", "message"),
+    [
+        (normalised, {"option": ["values=log1p"]}, "must be raw counts .* it looks normalised"),
+        (lambda _: None, {"option": ["values=given"]}, "must be log1p-normalised .* like counts"),
+        (rename(*(f"ENSG{i:011d}" for i in range(30))), {}, "The model wants gene symbols"),
+        (rename(*"abcdefgh"), {"min_gene_coverage": 0.8}, "min_gene_coverage=0.8"),
+        (rename("G1"), {}, r"occur more than once \(G1\)"),
+        (same_cells, {}, r"1 cell names occur more than once \(cell1\)"),
+    ],
+)
+def test_cells_that_do_not_fit(
+    program: Program, change: Callable[..., None], given: Any, message: str, tmp_path: Path
+) -> None:
+    cells = CELLS.copy()
+    change(cells)
+    cells.write_h5ad(tmp_path / "bad.h5ad")
+    with pytest.raises(InputError, match=message) as caught:
+        program(h5ad=tmp_path / "bad.h5ad", **given)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def lacking(parts: dict[str, Any]) -> None:
+    del parts["weights"]["encoder.enc_norm.bias"]
+    parts["weights"]["value_encoder.norm.weight"] = torch.ones(3)
+
+
+def longer(parts: dict[str, Any]) -> None:
+    parts["vocab"]["another"] = len(parts["vocab"])
+
+
+def more_than_tensors(parts: dict[str, Any]) -> None:
+    parts["weights"]["x"] = types.SimpleNamespace()
+
+
+def cut(name: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[: len(content) // 2])
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lacking, "encoder.enc_norm.bias is missing; value_encoder.norm.weight is .3,., not .16,."),
+        (longer, "vocab.json has 44 tokens .* has 43 rows"),
+        (more_than_tensors, "best_model.pt is refused: it holds more than tensors"),
+        (cut("best_model.pt"), "best_model.pt is damaged"),
+        (cut("vocab.json"), "vocab.json is no JSON"),
+        (cut("args.json"), "args.json is no JSON"),
+    ],
+)
+def test_checkpoints_that_do_not_fit(
+    program: Program, change: Callable[..., None], message: str, tmp_path: Path
+) -> None:
+    of_parts = change in (lacking, longer, more_than_tensors)
+    folder = write_checkpoint(tmp_path / "c", *([change] if of_parts else []))
+    if not of_parts:
+        change(folder)
+    with pytest.raises(InputError, match=message) as caught:
+        program(checkpoint=folder)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_extra_weights_are_only_warned_of(program: Program, tmp_path: Path) -> None:
+    def more(parts: dict[str, Any]) -> None:
+        parts["weights"]["spare"] = torch.ones(2)
+
+    folder = write_checkpoint(tmp_path / "c", more)
+    with pytest.warns(UserWarning, match="not used: spare"):
+        program(checkpoint=folder)
+
+
+def test_a_folder_that_may_not_be_written_to(
+    program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, _: path != tmp_path)  # root may write anywhere
+    with pytest.raises(InputError, match=f"permission denied for {re.escape(str(tmp_path))}"):
+        program(output=tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (InputError("bad"), 2, "error: bad"),
+        (PermissionError(13, "denied", "f"), 1, "error: [Errno 13] denied: 'f'; change that and"),
+        (OSError(errno.ENOSPC, "full", "f"), 1, "error: [Errno 28] full: 'f'; make room and"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_an_error_is_one_line(
+    error: BaseException,
+    status: int,
+    line: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr(main, "main", fail)
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # `run` sets another
+    with pytest.raises(SystemExit) as stopped:
+        main.run(["program"])
+    assert stopped.value.code == status
+    (printed,) = capsys.readouterr().err.splitlines()
+    assert printed.startswith(line)
+
+
+# Readers of one's own
+
+
+class Own(Model):
+    """The first genes' values times `scale`; of pooling "bad" too few rows."""
+
+    name, poolings, n_layers, d_model, checkpoint = "own", ("latent", "bad"), 0, 3, {}
+    genes = GENES
+
+    def __init__(
+        self, folder: Path, *, scale: float = 1, device: str = "cpu", dtype: str = "float32"
+    ) -> None:
+        self.device, self.scale = torch.device(device), scale
+
+    def plan(self, adata: Any, genes: Any = None, counts: Any = None, **options: Any) -> Plan:
+        options["hvg"] = adata.n_obs  # stands for what is computed over all cells
+
+        def read(rows: Any) -> Vectors:
+            at = np.arange(adata.n_obs)[rows] if adata.chosen is None else adata.chosen[rows]
+            return Vectors((np.asarray(adata.X[at].todense()),))
+
+        return Plan(list(adata.obs_names), read, options)
+
+    def forward(self, inputs: Any, layers: Any, pooling: str, *_: Any) -> Any:
+        rows = torch.as_tensor(inputs.parts[0][:, :3]).float() * self.scale
+        return dict.fromkeys(layers, rows[:, :2] if pooling == "bad" else rows), {}
+
+
+@pytest.fixture
+def own(program: Program, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Program:
+    monkeypatch.setitem(sys.modules, "mine", types.SimpleNamespace(Own=Own))
+    return lambda **given: program(model="mine:Own", checkpoint=tmp_path, **given)
+
+
+def test_options_go_where_they_are_taken(own: Program) -> None:
+    out = own(option=["scale=2.5", "note=some"])
+    found = store.open(out / "latent.zarr")
+    np.testing.assert_allclose(found.X[:], CELLS.X[:, :3].toarray() * 2.5)
+    assert found.extraction["preprocessing"] == {"hvg": 12, "note": "some"}
+
+
+def test_a_plan_is_made_of_the_chosen_cells_alone(own: Program) -> None:
+    found = store.open(own(obs_filter="kind == 'b'", limit=3) / "latent.zarr")
+    assert found.extraction["preprocessing"] == {"hvg": 3}
+    np.testing.assert_allclose(found.X[:], CELLS.X[[1, 4, 7], :3].toarray())
+
+
+def test_a_model_that_cannot_work_fails_before_anything_is_written(
+    own: Program, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=r"own gives rows \(1, 2\) .* pooling 'bad' .* 'cell0'"):
+        own(pooling="bad")
+    with pytest.raises(InputError, match=r"where .* finite ones are wanted"):
+        own(option=["scale=NaN"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_where_rows_come_from(own: Program, tmp_path: Path) -> None:
+    found = store.open(own() / "latent.zarr").extraction
+    assert found["device"] == "cpu"
+    for name in ("numpy", "torch", "sae-jax"):
+        assert found["versions"][name] == importlib.metadata.version(name)
+    again = own(output=tmp_path / "again", min_gene_coverage=0.1, obs_filter="filter_pass > -1")
+    again = store.open(again / "latent.zarr").extraction
+    assert again["min_gene_coverage"] == 0.1
+    assert again["identity"] == found["identity"]
+    other = own(output=tmp_path / "other", option=["scale=3", "note=some"])
+    assert store.open(other / "latent.zarr").extraction["identity"] != found["identity"]
