@@ -175,7 +175,14 @@ def test_empty_cells(program: Program, tmp_path: Path) -> None:
         ({"device": "cuda:77"}, "no device 'cuda:77'"),
     ],
 )
-def test_bad_flags(program: Program, given: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_bad_flags(
+    program: Program,
+    given: dict[str, Any],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(main, "survey", lambda *_: pytest.fail("cells were read"))
     with pytest.raises(InputError, match=message):
         program(**given)
     assert not (tmp_path / "out").exists()
@@ -306,6 +313,7 @@ def test_a_folder_that_may_not_be_written_to(
     program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "access", lambda path, _: path != tmp_path)  # root may write anywhere
+    monkeypatch.setattr(main, "survey", lambda *_: pytest.fail("cells were read"))
     with pytest.raises(InputError, match=f"permission denied for {re.escape(str(tmp_path))}"):
         program(output=tmp_path / "out")
 
