@@ -52,10 +52,10 @@ class Calibration:
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.where(sd > 0, (z - mean) / (sd * np.sqrt(1 + 1 / self.n_null)), np.nan)
 
-    def log_p(self, z: np.ndarray, n_high: np.ndarray) -> np.ndarray:
-        """Two-sided -log10 p of z [features, terms], float64."""
+    def log_p(self, deviates: np.ndarray) -> np.ndarray:
+        """Two-sided -log10 p of deviates [features, terms], float64."""
         df = self.n_null - 1.0
-        t = np.abs(self.deviates(z, n_high))
+        t = np.abs(deviates)
         with np.errstate(divide="ignore"):
             # Beyond the least double the tail falls as t^-df, so it never ends in infinity.
             direct = -np.log10(2 * special.stdtr(df, -t))

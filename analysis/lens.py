@@ -63,6 +63,7 @@ class Lens:
 
     log_p: -log10 p of each test in `TESTS` that was made.
     auc: Mann-Whitney's effect, U / (n1 n2); z: its deviate; fold: hits over expected hits.
+    calibrated_z: z standardised by permuted features; None without a calibration.
     hits: relevant genes in the term, int32.
     n_high, n_low, n_relevant: cells, cells, genes of each feature.
     top: one row per feature and kept gene: feature, gene, t, log2_fold_change, cohens_d,
@@ -81,6 +82,7 @@ class Lens:
     n_low: np.ndarray
     n_relevant: np.ndarray
     top: pd.DataFrame
+    calibrated_z: np.ndarray | None = None
     _folder: Any = field(default=None, repr=False)  # deletes the files of large tables
 
     def testable(self) -> np.ndarray:
@@ -91,11 +93,21 @@ class Lens:
         """-log10 q over the terms of each feature, of some features."""
         return enrichment.benjamini_hochberg_log(self.log_p[test][rows])
 
+    def side(self, test: str, rows: slice = slice(None)) -> np.ndarray:
+        """[some features, terms]: 1 where a term's genes are up in the high cells, -1 where they
+        are down; 0 where the calibrated test says one and the ranks say the other: the term is then
+        further up or down than in permuted features, but not up or down."""
+        side = np.sign(self.z[rows])
+        if test == "calibrated":
+            side = np.where(np.sign(self.calibrated_z[rows]) == side, side, 0)
+        return side
+
     def named(self, test: str = "calibrated") -> np.ndarray:
-        """[features, terms] bool: q below the rule's, of features with cells enough."""
+        """[features, terms] bool: q below the rule's on one side, of features with cells enough."""
         found = np.zeros(self.auc.shape, bool)
         for rows in _slices(len(found), 256):
             found[rows] = self.log_q(test, rows) > -np.log10(self.rule.term_q)
+            found[rows] &= self.side(test, rows) != 0
         return found & self.testable()[:, None]
 
     def share_named(self, test: str = "calibrated") -> float:
@@ -111,30 +123,43 @@ class Lens:
         return (most > 2) & (self.n_high > 0)
 
     def best(self, most: int = 10, test: str = "calibrated") -> pd.DataFrame:
-        """The smallest p of each feature, one row per feature and term: feature, rank, term, size,
-        hits, auc, z, and -log10 of p and q of the test."""
-        rows = []
-        for part in _slices(len(self.auc), 256):
-            p, q = self.log_p[test][part], self.log_q(test, part)
-            order = np.argsort(-np.nan_to_num(p, nan=-1), axis=1, kind="stable")[:, :most]
-            feature = np.repeat(np.arange(part.start, part.start + len(p)), order.shape[1])
-            at = (feature - part.start, order.ravel())
-            rows.append(
-                pd.DataFrame(
-                    {
-                        "feature": feature,
-                        "rank": np.tile(np.arange(order.shape[1]), len(p)),
-                        "term": np.asarray(self.terms, object)[order.ravel()],
-                        "size": self.sizes[order.ravel()],
-                        "hits": self.hits[part][at],
-                        "auc": self.auc[part][at],
-                        "z": self.z[part][at],
-                        "log10_p": p[at],
-                        "log10_q": q[at],
-                    }
-                )
-            )
-        return pd.concat(rows, ignore_index=True)
+        """The smallest p of each feature, first of the terms that are up, then of those down.
+
+        Returns:
+          One row per feature, side and term: feature, side ("up", "down"), rank, term, size, hits,
+          auc, z, calibrated_z, -log10 of p and q of the test, and `named`: the term names it.
+        """
+        return pd.concat(
+            [
+                self._best(part, side, most, test)
+                for part in _slices(len(self.auc), 256)
+                for side in ("up", "down")
+            ]
+        ).sort_values("feature", kind="stable", ignore_index=True)
+
+    def _best(self, part: slice, side: str, most: int, test: str) -> pd.DataFrame:
+        p, q = self.log_p[test][part], self.log_q(test, part)
+        there = self.side(test, part) == {"up": 1, "down": -1}[side]
+        order = np.argsort(-np.where(there, np.nan_to_num(p, nan=-1), -1), axis=1, kind="stable")
+        order = order[:, :most]
+        row, rank = np.indices(order.shape).reshape(2, -1)
+        at = (row, order.ravel())
+        columns = {"auc": self.auc, "z": self.z, "calibrated_z": self.calibrated_z}
+        found = pd.DataFrame(
+            {
+                "feature": part.start + row,
+                "side": side,
+                "rank": rank,
+                "term": np.asarray(self.terms, object)[at[1]],
+                "size": self.sizes[at[1]],
+                "hits": self.hits[part][at],
+                **{name: np.nan if x is None else x[part][at] for name, x in columns.items()},
+                "log10_p": p[at],
+                "log10_q": q[at],
+                "named": (q[at] > -np.log10(self.rule.term_q)) & self.testable()[part][row],
+            }
+        )
+        return found[there[at] & ~np.isnan(p[at])]
 
 
 def annotate(
@@ -227,13 +252,17 @@ def annotate(
                     disable=not progress,
                 ),
             )  # fmt: skip
+    standardised = None
     if known is not None:
+        standardised = tables.new()
         for rows in _slices(n_features, 256):
-            log_p["calibrated"][rows] = known.log_p(deviate[rows].astype(np.float64), n_high[rows])
+            deviates = known.deviates(deviate[rows].astype(np.float64), n_high[rows])
+            standardised[rows], log_p["calibrated"][rows] = deviates, known.log_p(deviates)
     lens = Lens(
         terms=list(sets.names), sizes=np.asarray(sets.membership.sum(axis=1), int).ravel(),
         rule=rule, log_p=log_p, auc=auc, z=deviate, fold=fold, hits=hits, n_high=n_high,
         n_low=n_low, n_relevant=n_relevant, top=pd.concat(tops, ignore_index=True),
+        calibrated_z=standardised,
         _folder=tables.folder,
     )  # fmt: skip
     return lens, known
@@ -260,9 +289,9 @@ def two_sided(z: np.ndarray) -> np.ndarray:
 def write(lens: Lens, names: np.ndarray, path: str | Path, block: int = 64) -> None:
     """The long table as parquet, one row per feature and term, a block of features at a time.
 
-    Columns: feature, term, size, hits, fold, auc, z, and for each test log10_p_<test>,
-    log10_q_<test> (over the feature's terms), log10_q_all_<test> (over the whole table); all of
-    them -log10.
+    Columns: feature, term, size, hits, fold, auc, z, calibrated_z, and for each test
+    log10_p_<test>, log10_q_<test> (over the feature's terms) and log10_q_all_<test> (over the whole
+    table), all of them -log10.
     """
     everywhere = {test: enrichment.LogQ.over(table) for test, table in lens.log_p.items()}
     names, terms = pa.array(list(names)), pa.array(lens.terms)
@@ -277,8 +306,9 @@ def write(lens: Lens, names: np.ndarray, path: str | Path, block: int = 64) -> N
                 "term": pa.DictionaryArray.from_arrays(pa.array(term), terms),
                 "size": lens.sizes[term].astype(np.int32),
             }
-            for name in ("hits", "fold", "auc", "z"):
-                columns[name] = getattr(lens, name)[rows].ravel()
+            for name in ("hits", "fold", "auc", "z", "calibrated_z"):
+                if (values := getattr(lens, name)) is not None:
+                    columns[name] = values[rows].ravel()
             for test, table in lens.log_p.items():
                 columns[f"log10_p_{test}"] = table[rows].ravel()
                 columns[f"log10_q_{test}"] = lens.log_q(test, rows).astype(np.float32).ravel()
@@ -337,7 +367,7 @@ class _Tables:
 
     def __init__(self, features: int, terms: int, tests: int, memory_bytes: int) -> None:
         self.shape, self.count, self.folder = (features, terms), 0, None
-        if features * terms * 4 * (tests + 4) > memory_bytes:
+        if features * terms * 4 * (tests + 5) > memory_bytes:
             self.folder = tempfile.TemporaryDirectory(prefix="sae-jax-lens-")
 
     def new(self, dtype: type = np.float32) -> np.ndarray:

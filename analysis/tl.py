@@ -132,7 +132,7 @@ def features(adata: anndata.AnnData, *, key: str = "sae") -> anndata.AnnData:
     """Cells x live features: X the activations, obs and obsm yours, var one row a feature.
 
     Of what was run before: `characterise` gives the columns of var, `annotate` the columns
-    `n_terms`, `best_term`, `top_genes`, and varm["terms"] with uns["terms"].
+    `n_terms`, `best_term` (up), `best_term_down`, `top_genes`, and varm["terms"] with uns["terms"].
 
     Raises:
       InputError: `encode` was not run.
@@ -149,9 +149,10 @@ def features(adata: anndata.AnnData, *, key: str = "sae") -> anndata.AnnData:
         result.varm["terms"] = named
         result.uns["terms"] = found["term_names"]
         result.var["n_terms"] = named.getnnz(axis=1)
-        best = found["terms"].groupby("feature", observed=False)["term"].first()
-        best = best.reindex(names).where(result.var["n_terms"].to_numpy() > 0)
-        result.var["best_term"] = pd.Categorical(best)
+        for side, column in {"up": "best_term", "down": "best_term_down"}.items():
+            terms = found["terms"]
+            terms = terms[terms["named"] & (terms["side"] == side)].drop_duplicates("feature")
+            result.var[column] = pd.Categorical(terms.set_index("feature")["term"].reindex(names))
         up = found["genes"][found["genes"]["t"] > 0].groupby("feature", observed=True)["gene"]
         top = up.agg(lambda some: ", ".join(some[:10])).reindex(names)
         result.var["top_genes"] = pd.Categorical(top)

@@ -51,7 +51,7 @@ FILES = {
     "features.h5ad": "cells x live features; var names them",
     "features.parquet": "one row a live feature",
     "enrichment.parquet": "feature x term: hits, AUC, z, -log10 p and q of every test",
-    "top_terms.parquet": "the ten best terms of each feature",
+    "top_terms.parquet": "the ten best terms up and down of each feature",
     "genes.parquet": "the fifty genes of each feature that differ most",
     "terms.csv": "how many features each term names",
     "nulls.csv": "the share of features named where there is nothing to find",
@@ -325,11 +325,12 @@ def describe(
         compare_numbers(z, numeric, table)
     table["n_terms"] = np.diff(annotated.matrix.indptr)
     best = pd.read_parquet(out / "top_terms.parquet")
-    named = best[best["log10_q"] > -np.log10(0.05)].groupby("feature", sort=False)
-    table["best_term"] = named["term"].first().reindex(names).to_numpy()
-    table["best_term_auc"] = named["auc"].first().reindex(names).to_numpy()
-    table["best_term_log10_q"] = named["log10_q"].first().reindex(names).to_numpy()
-    table.loc[table["n_terms"] == 0, ["best_term", "best_term_auc", "best_term_log10_q"]] = None
+    for side, column in {"up": "best_term", "down": "best_term_down"}.items():
+        first = best[best["named"] & (best["side"] == side)].drop_duplicates("feature")
+        first = first.set_index("feature").reindex(names)
+        table[column] = first["term"].to_numpy()
+        table[f"{column}_auc"] = first["auc"].to_numpy()
+        table[f"{column}_log10_q"] = first["log10_q"].to_numpy()
     genes = pd.read_parquet(out / "genes.parquet")
     up = genes[genes["t"] > 0].groupby("feature", sort=False)["gene"]
     table["top_genes"] = up.agg(lambda some: ", ".join(some[:10])).reindex(names).to_numpy()

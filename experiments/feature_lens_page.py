@@ -86,7 +86,8 @@ def feature_section(row: pd.Series, terms: pd.DataFrame, genes: pd.DataFrame) ->
     if "best_label" in row:
         about.append(f"tells {row['best_label']} best, AUROC {row['best_label_auroc']:.3f}")
         about.append(f"{row['kind_text']} (eq. 8)")
-    columns = ["term", "size", "hits", "auc", "z", "log10_p", "log10_q"]
+    columns = ["side", "term", "size", "hits", "auc", "z", "calibrated_z", "log10_p", "log10_q"]
+    shown = terms[terms["rank"] < 6][columns]
     gene_columns = [
         "gene",
         "t",
@@ -98,7 +99,7 @@ def feature_section(row: pd.Series, terms: pd.DataFrame, genes: pd.DataFrame) ->
     ]
     return [
         report.items(about),
-        report.table(terms[columns].head(10)),
+        report.table(shown),
         report.table(genes[gene_columns].head(10)),
     ]
 

@@ -93,7 +93,11 @@ def test_the_features_with_a_program_are_named(
     assert np.flatnonzero(up[1]).tolist() == [1]
     assert not named[2:].any()
     best = found.best(2)
+    assert best.drop_duplicates("feature")["side"].eq("up").all()
     assert best.query("feature == 1")["term"].iloc[0] == "set 1"
+    assert best.query("feature == 1 and side == 'down'")["term"].iloc[0] == "set 0"
+    assert (best["auc"] > 0.5).eq(best["side"] == "up").all()
+    assert best.groupby(["feature", "side"], observed=True)["log10_p"].is_monotonic_decreasing.all()
 
 
 @pytest.mark.parametrize(
@@ -171,7 +175,9 @@ def test_tails_that_no_double_holds() -> None:
     exact = [0, -np.log10(2 * stats.norm.sf(1)), 315.54, 783.6, 217149.7]
     np.testing.assert_allclose(lens.two_sided(z), exact, rtol=1e-3)
     known = calibration.Calibration(np.array([10]), np.zeros((1, 1)), np.ones((1, 1)), 301)
-    far = known.log_p(np.array([[1e1], [1e3], [1e6]]), np.array([10, 10, 10])).ravel()
+    far = known.log_p(
+        known.deviates(np.array([[1e1], [1e3], [1e6]]), np.array([10, 10, 10]))
+    ).ravel()
     assert np.isfinite(far).all()
     assert (np.diff(far) > 0).all()
 

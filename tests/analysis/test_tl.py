@@ -94,10 +94,12 @@ def test_results_are_those_of_the_functions_and_survive_a_file(
         assert by_feature.var["latent"].tolist() == live
         named = expected.named()
         np.testing.assert_array_equal(by_feature.varm["terms"].toarray(), named)
-        best = expected.best().drop_duplicates("feature").set_index("feature")["term"]
         for i, name in enumerate(by_feature.var_names):
-            term = by_feature.var["best_term"][name]
-            assert term == best[i] if named[i].any() else pd.isna(term)
+            for column, sign in {"best_term": 1, "best_term_down": -1}.items():
+                some = np.flatnonzero(named[i] & (np.sign(expected.z[i]) == sign))
+                term = by_feature.var[column][name]
+                best = expected.log_p["calibrated"][i][some]
+                assert term == expected.terms[some[best.argmax()]] if len(some) else pd.isna(term)
         assert by_feature.var["top_genes"].notna().all()
         assert set(by_feature.obsm) == {"X_rep"}
 
