@@ -42,9 +42,12 @@ def check_workdir(settings_file: str) -> Path:
 def claim(out: Path, settings_file: str, settings: dict[str, Any], leaves: Iterable[str]) -> None:
     """Make the folder ours: clear what --overwrite replaces (`leaves`), and note the settings.
 
+    What a killed run had begun to write goes, too.
+
     Raises:
       InputError: --resume, and the folder holds a run of other settings, or damaged ones.
     """
+    files.remove_leftovers(out, out / "figures")
     path = out / settings_file
     if _resume() and path.exists():
         try:
