@@ -1,29 +1,32 @@
-"""What a rank test says of features that have nothing to say, term by term.
+"""What a statistic of a term is worth, by the features that have nothing to say.
 
 Genes are co-expressed, and a Mann-Whitney test takes them for independent: with activations
-permuted over the cells it still finds sets. Here its z is standardised, for each term, by the mean
-and the standard deviation that permuted features of as many high cells have.
+permuted over the cells it still finds sets. Here its z, or any other statistic, is standardised,
+for each term, by the mean and the standard deviation that permuted features of as many high cells
+have.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import numpy as np
 from scipy import sparse, special
 
 from analysis import nulls
 from analysis.features import as_columns
+from sae_jax import files
 from sae_jax.errors import InputError
 
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """Of z under permutation.
+    """Of a statistic under permutation.
 
     n_high: number of high cells that each bin stands for, rising [bins].
-    mean, sd: of z [bins, terms].
+    mean, sd: of the statistic [bins, terms].
     n_null: permuted features in each bin.
     """
 
@@ -32,8 +35,12 @@ class Calibration:
     sd: np.ndarray
     n_null: int
 
+    def of(self, terms: slice) -> Calibration:
+        """That of some terms."""
+        return replace(self, mean=self.mean[:, terms], sd=self.sd[:, terms])
+
     def deviates(self, z: np.ndarray, n_high: np.ndarray) -> np.ndarray:
-        """z [features, terms] standardised: Student's t of n_null - 1 degrees of freedom.
+        """The statistic z [features, terms] standardised: Student's t with n_null - 1 degrees.
 
         Between bins mean and sd are interpolated in the logarithm of n_high [features]; beyond
         them the nearest bin's hold. NaN stays NaN.
@@ -67,7 +74,7 @@ class Calibration:
 def calibrate(
     activations: sparse.csr_matrix,
     n_high: np.ndarray,
-    rank_z: Callable[[sparse.csr_matrix], np.ndarray],
+    statistic: Callable[[sparse.csr_matrix], np.ndarray],
     *,
     bins: int = 6,
     per_bin: int = 300,
@@ -80,7 +87,7 @@ def calibrate(
     Args:
       activations: [cells, features].
       n_high: high cells of each feature [features]; those of none are left out.
-      rank_z: activations of some features -> z [features, terms].
+      statistic: activations of some features -> [features, terms].
       bins: numbers of high cells, quantiles of `n_high`, at which moments are taken.
       per_bin: permuted features a bin, drawn from those nearest to it.
       block: of these at once.
@@ -106,7 +113,26 @@ def calibrate(
             for start in range(0, per_bin, block):
                 yield nulls.permuted_cells(columns[:, chosen[start : start + block]], rng)
 
-    found = np.concatenate(list(run(rank_z, blocks()))).reshape(len(centres), per_bin, -1)
+    found = np.concatenate(list(run(statistic, blocks()))).reshape(len(centres), per_bin, -1)
     return Calibration(
         n_high=centres, mean=found.mean(axis=1), sd=found.std(axis=1, ddof=1), n_null=per_bin
     )
+
+
+def save(path: str | Path, known: Mapping[str, Calibration]) -> None:
+    """To an .npz file, whole or not at all."""
+    with files.write_aside(path) as fresh:
+        np.savez(
+            fresh, **{f"{test}/{f}": x for test, c in known.items() for f, x in asdict(c).items()}
+        )
+
+
+def load(path: str | Path) -> dict[str, Calibration]:
+    """What `save` wrote."""
+    stored = np.load(path)
+    tests = {name.split("/")[0] for name in stored}
+    fields = ("n_high", "mean", "sd")
+    return {
+        test: Calibration(*(stored[f"{test}/{f}"] for f in fields), int(stored[f"{test}/n_null"]))
+        for test in tests
+    }

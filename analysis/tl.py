@@ -98,7 +98,7 @@ def annotate(
 
     Adds to `uns["<key>"]`: `genes` and `terms`, the best of each feature (as `Lens.top`, `best`),
     `coverage` of the gene sets, and `named`, CSR [features, `term_names`], 1 where a term names a
-    feature at calibrated q.
+    feature.
 
     Args:
       sets: what `gene_sets.load` reads, or gene sets over the genes of `cells.expression`.
@@ -122,9 +122,8 @@ def annotate(
         found[name] = table.assign(**columns).reset_index(drop=True)
     found["coverage"] = str(sets.coverage)
     found["term_names"] = np.asarray(annotated.terms, object)
-    test = "calibrated" if "calibrated" in annotated.log_p else "matched"
-    found["named"] = sparse.csr_matrix(annotated.named(test), dtype=np.int8)
-    found["named_by"] = test
+    found["named"] = sparse.csr_matrix(annotated.named(), dtype=np.int8)
+    found["named_by"] = annotated.naming
     return annotated
 
 

@@ -27,7 +27,8 @@ def write(
                     "false. Exchanged gene sets keep sizes and overlaps and lose their meaning. "
                     "Random directions, an untrained dictionary and single dimensions follow the "
                     "cells' structure without a trained dictionary: what they share with the "
-                    "dictionary is no merit of it. `calibrated` is defined for real terms alone."
+                    "dictionary is no merit of it. `change`, which names features, and "
+                    "`calibrated` are defined for real terms alone."
                 ),
                 report.table(rates),
             ],
@@ -57,8 +58,8 @@ def summary(inputs: Inputs, table: pd.DataFrame, rates: pd.DataFrame) -> list[st
         f"{len(inputs.embedding)} cells, {len(inputs.expression.genes)} genes",
         str(inputs.sets.coverage),
         f"{len(table)} live features, {testable} of them with cells enough to be tested",
-        f"{annotated} annotated at calibrated q < .05; {rates['calibrated'].iloc[0]:.1%} of the "
-        f"testable ones, beside {rates['calibrated'].iloc[1]:.1%} with permuted cells",
+        f"{annotated} annotated at calibrated q < .05; {rates['change'].iloc[0]:.1%} of the "
+        f"testable ones, beside {rates['change'].iloc[1]:.1%} with permuted cells",
         f"{int(table['paper_annotated'].sum())} annotated by the published rule (any term of "
         "p < .01, uncorrected)",
     ]
@@ -86,7 +87,7 @@ def feature_section(row: pd.Series, terms: pd.DataFrame, genes: pd.DataFrame) ->
     if "best_label" in row:
         about.append(f"tells {row['best_label']} best, AUROC {row['best_label_auroc']:.3f}")
         about.append(f"{row['kind_text']} (eq. 8)")
-    columns = ["side", "term", "size", "hits", "auc", "z", "calibrated_z", "log10_p", "log10_q"]
+    columns = ["side", "term", "size", "hits", "change", "change_z", "auc", "log10_p", "log10_q"]
     shown = terms[terms["rank"] < 6][columns]
     gene_columns = [
         "gene",

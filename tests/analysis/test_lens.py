@@ -48,12 +48,12 @@ def z() -> sparse.csr_matrix:
 @pytest.fixture(scope="module")
 def made(
     z: sparse.csr_matrix, expression: Expression, sets: GeneSets
-) -> tuple[lens.Lens, calibration.Calibration]:
+) -> tuple[lens.Lens, dict[str, calibration.Calibration]]:
     return lens.annotate(z, expression, sets, RULE, null_features=60, bins=2, progress=False)
 
 
 def test_every_table_equals_the_tests_made_one_by_one(
-    made: tuple[lens.Lens, calibration.Calibration],
+    made: tuple[lens.Lens, dict[str, calibration.Calibration]],
     z: sparse.csr_matrix, expression: Expression, sets: GeneSets,
 ) -> None:  # fmt: skip
     found, known = made
@@ -72,9 +72,12 @@ def test_every_table_equals_the_tests_made_one_by_one(
     np.testing.assert_array_equal(found.n_relevant, chosen.sum(axis=1))
     for test, p in (("mann_whitney", ranked.p), ("fisher", fisher.p), ("binomial", binomial.p)):
         np.testing.assert_allclose(found.log_p[test], -np.log10(p), **close)
-    deviates = known.deviates(ranked.z, welch.n_high)
-    expected = -np.log10(2 * stats.t.sf(np.abs(deviates), 59))
-    np.testing.assert_allclose(found.log_p["calibrated"], expected, rtol=1e-5, atol=1e-5)
+    change = welch.log2_fold_change.reshape(FEATURES, TERMS, 20).mean(axis=2)  # sets lie in a row
+    np.testing.assert_allclose(np.nan_to_num(found.change), np.nan_to_num(change), **close)
+    for test, statistic in (("change", found.change), ("calibrated", ranked.z)):
+        deviates = known[test].deviates(statistic, welch.n_high)
+        expected = -np.log10(2 * stats.t.sf(np.abs(deviates), 59))
+        np.testing.assert_allclose(found.log_p[test], expected, rtol=1e-5, atol=1e-5)
     for feature, rows in found.top.groupby("feature"):
         best = np.argsort(-np.nan_to_num(np.abs(welch.t[feature]), nan=-1))[: len(rows)]
         assert set(rows["gene"]) == set(expression.genes[best])
@@ -84,7 +87,7 @@ def test_every_table_equals_the_tests_made_one_by_one(
 
 
 def test_the_features_with_a_program_are_named(
-    made: tuple[lens.Lens, calibration.Calibration],
+    made: tuple[lens.Lens, dict[str, calibration.Calibration]],
 ) -> None:
     found, _ = made
     named = found.named()
@@ -104,7 +107,7 @@ def test_the_features_with_a_program_are_named(
     "options", [{"block": 3}, {"workers": 1}, {"workers": 3, "block": 2}, {"memory_bytes": 0}]
 )
 def test_blocks_threads_and_files_change_nothing(
-    made: tuple[lens.Lens, calibration.Calibration],
+    made: tuple[lens.Lens, dict[str, calibration.Calibration]],
     z: sparse.csr_matrix, expression: Expression, sets: GeneSets, options: dict[str, int],
 ) -> None:  # fmt: skip
     found, known = made
@@ -118,18 +121,34 @@ def test_blocks_threads_and_files_change_nothing(
 
 
 def test_a_calibration_depends_on_the_seed_alone(
-    made: tuple[lens.Lens, calibration.Calibration],
+    made: tuple[lens.Lens, dict[str, calibration.Calibration]],
     z: sparse.csr_matrix, expression: Expression, sets: GeneSets,
 ) -> None:  # fmt: skip
     _, known = made
     call = {"null_features": 60, "bins": 2, "progress": False, "workers": 1}
     _, same = lens.annotate(z, expression, sets, RULE, **call)
     _, other = lens.annotate(z, expression, sets, RULE, **call, seed=1)
-    np.testing.assert_array_equal(same.mean, known.mean)
-    assert np.abs(other.mean - known.mean).max() > 1e-3
+    for test in known:
+        np.testing.assert_array_equal(same[test].mean, known[test].mean)
+        assert np.abs(other[test].mean - known[test].mean).max() > 1e-3
 
 
-def test_the_table_on_disk(made: tuple[lens.Lens, calibration.Calibration], tmp_path: Path) -> None:
+def test_a_calibration_survives_its_file(
+    made: tuple[lens.Lens, dict[str, calibration.Calibration]], tmp_path: Path
+) -> None:
+    _, known = made
+    calibration.save(tmp_path / "c.npz", known)
+    again = calibration.load(tmp_path / "c.npz")
+    assert set(again) == {"change", "calibrated"}
+    for test, expected in known.items():
+        np.testing.assert_array_equal(again[test].sd, expected.sd)
+        z, size = expected.mean + 3 * expected.sd, expected.n_high
+        np.testing.assert_array_equal(again[test].deviates(z, size), expected.deviates(z, size))
+
+
+def test_the_table_on_disk(
+    made: tuple[lens.Lens, dict[str, calibration.Calibration]], tmp_path: Path
+) -> None:
     found, _ = made
     names = np.asarray([f"feature_{i}" for i in range(FEATURES)])
     lens.write(found, names, tmp_path / "t.parquet", block=4)

@@ -82,7 +82,7 @@ def test_results_are_those_of_the_functions_and_survive_a_file(
         sparse.csr_matrix(z[:, live]), expression, gene_sets.read(sets, expression.genes), rule,
         **options,
     )  # fmt: skip
-    np.testing.assert_array_equal(found.log_p["calibrated"], expected.log_p["calibrated"])
+    np.testing.assert_array_equal(found.log_p["change"], expected.log_p["change"])
     assert found.named()[:, 0].any()
 
     adata.write_h5ad(tmp_path / "cells.h5ad")
@@ -96,9 +96,9 @@ def test_results_are_those_of_the_functions_and_survive_a_file(
         np.testing.assert_array_equal(by_feature.varm["terms"].toarray(), named)
         for i, name in enumerate(by_feature.var_names):
             for column, sign in {"best_term": 1, "best_term_down": -1}.items():
-                some = np.flatnonzero(named[i] & (np.sign(expected.z[i]) == sign))
+                some = np.flatnonzero(named[i] & (np.sign(expected.change[i]) == sign))
                 term = by_feature.var[column][name]
-                best = expected.log_p["calibrated"][i][some]
+                best = expected.log_p["change"][i][some]
                 assert term == expected.terms[some[best.argmax()]] if len(some) else pd.isna(term)
         assert by_feature.var["top_genes"].notna().all()
         assert set(by_feature.obsm) == {"X_rep"}
