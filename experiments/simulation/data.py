@@ -157,11 +157,11 @@ class Large:
 
     def block(self, number: int) -> Cells:
         """Cells 1000 * number and on, at most 1000."""
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.seed), 0), number)
-        drawn = _draw(key, self.rates, self.noise_means, self.activity)
         rows = min(BLOCK, self.cells - number * BLOCK)
         if number < 0 or rows < 1:
             raise InputError(f"there is no block {number} of {self.cells} cells")
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.seed), 0), number)
+        drawn = _draw(key, self.rates, self.noise_means, self.activity)
         return Cells(*(np.asarray(each)[:rows] for each in drawn))
 
     def blocks(self) -> Iterator[Cells]:

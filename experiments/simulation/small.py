@@ -20,7 +20,6 @@ of results and two figures.
 """
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +27,8 @@ import numpy as np
 from absl import flags, logging
 
 from experiments import cli
-from sae_jax import InputError, files, workdir
+from experiments.simulation import folders
+from sae_jax import files, workdir
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -51,6 +51,7 @@ FILES = {
     "claims.parquet": "section 4.2: the paper's words, our numbers",
     "figures": "S3 .. S12: PNG and PDF",
 }
+SETTING_FLAGS = ("variant", "reduction", "connectivity", "seed", "quick")
 LATENTS = {"compressed": 2, "ideal": 4, "overcomplete": 10}
 AE_SEEDS = 8  # an output that is never above 0 stays so (ReLU): most seeds lose a variable of Y
 PERFECT = 1e-2  # validation MSE below which nothing is lost
@@ -86,7 +87,7 @@ def define_flags() -> None:
 def main() -> None:
     """Runs the program by its flags."""
     # 1. Refuse what is wrong before anything is written.
-    out = check_workdir()
+    out = folders.check(FLAGS.workdir, SETTINGS, settings(), FLAGS.overwrite)
     if FLAGS.page:
         workdir.check_writable(Path(FLAGS.page).resolve().parent)
     from experiments.simulation import data
@@ -95,7 +96,7 @@ def main() -> None:
     if (simulated.m.sum(axis=1) == 0).any():
         logging.warning("an X has no Y in this M: nothing can recover it")
     with workdir.locked(out):
-        claim(out)
+        folders.claim(out, SETTINGS, settings(), FILES, FLAGS.overwrite)
         results, superposition = run(out, simulated)
     for name, what in FILES.items():
         print(f"  {name:<22} {what}")
@@ -139,47 +140,9 @@ def run(out: Path, simulated: "Small") -> tuple["pd.DataFrame", "pd.DataFrame"]:
     return results, superposition
 
 
-def check_workdir() -> Path:
-    """The folder, if it may be filled: new, empty, or of a run of the same settings."""
-    if not FLAGS.workdir:
-        raise InputError("--workdir is needed: the folder to fill")
-    out = Path(FLAGS.workdir)
-    workdir.check_writable(out)
-    if out.is_dir() and any(out.iterdir()) and not (out / SETTINGS).is_file():
-        raise InputError(f"{out} holds other files; choose an empty or a new folder")
-    if (out / SETTINGS).is_file() and not FLAGS.overwrite:
-        found = read_settings(out / SETTINGS)
-        if found != settings():
-            raise InputError(
-                f"{out} holds a run of other settings:\n  "
-                f"{workdir.difference(found, settings())}\nGive another folder, or --overwrite."
-            )
-    return out
-
-
-def read_settings(path: Path) -> Any:
-    """What an earlier run was asked for."""
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise InputError(f"{path} is damaged: {error}") from None
-
-
-def claim(out: Path) -> None:
-    """Make the folder ours; with --overwrite without what an earlier run left."""
-    if FLAGS.overwrite:
-        for name in [*(name for name in FILES if name != SETTINGS), SETTINGS]:
-            files.remove(out / name)
-    files.remove_leftovers(out, out / "autoencoders", out / "metrics", out / "figures")
-    files.write_json(out / SETTINGS, settings())
-
-
 def settings() -> dict[str, Any]:
     """What the results depend on."""
     return {name: FLAGS[name].value for name in SETTING_FLAGS}
-
-
-SETTING_FLAGS = ("variant", "reduction", "connectivity", "seed", "quick")
 
 
 def asked_grid() -> "Grid":
@@ -216,7 +179,7 @@ def split(cells: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
 def autoencoder(out: Path, name: str, simulated: "Small", recipe: "Recipe") -> dict[str, Any]:
     """One of `LATENTS`, trained or read: latents [cells, latents], losses [epochs], weights, and
     `last_losses` [seeds], of validation, of which it is the lowest."""
-    from experiments.simulation import autoencoder
+    from experiments.simulation import autoencoder, fitting
     from experiments.simulation.data import SMALL_VALIDATION
 
     path = out / "autoencoders" / f"{name}.npz"
@@ -224,7 +187,7 @@ def autoencoder(out: Path, name: str, simulated: "Small", recipe: "Recipe") -> d
         # Every step takes all cells, of which some 70 differ: these, by how often they occur.
         parts = (simulated.y[:-SMALL_VALIDATION], simulated.y[-SMALL_VALIDATION:])
         distinct = [np.unique(part, axis=0, return_counts=True) for part in parts]
-        fitted = autoencoder.fit(
+        fitted = fitting.fit(
             [simulated.y.shape[1], LATENTS[name]], *(cells for cells, _ in distinct), recipe,
             range(AE_SEEDS), weights=tuple(number for _, number in distinct), rectified=True,
             progress=f"{name} autoencoder, {LATENTS[name]} latents, {AE_SEEDS} seeds",

@@ -119,7 +119,7 @@ def r2(moments: Moments, coefficients: np.ndarray, intercept: np.ndarray) -> np.
     mean_z, mean_y, zz, zy, yy = moments.centred()
     off = mean_y - mean_z @ coefficients - intercept
     products = np.einsum("lv,lv->v", coefficients, zz @ coefficients - 2 * zy)
-    error = yy + products + moments.n * off**2
+    error = np.maximum(yy + products + moments.n * off**2, 0)  # which rounding may leave below
     varies = yy > 1e-12 * moments.n * np.maximum(1, mean_y**2)
     return np.where(varies, 1 - error / np.where(varies, yy, 1), np.nan)
 

@@ -1,0 +1,47 @@
+"""The folder of a program of this study: whose it is, and what it was asked for."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from sae_jax import InputError, files, workdir
+
+
+def check(folder: str | None, name: str, settings: dict[str, Any], overwrite: bool) -> Path:
+    """The folder, if it may be filled: new, empty, or of a run of the same settings.
+
+    name: of the file of settings, which tells a folder of ours from anybody's.
+
+    Raises:
+      InputError: no folder, one that cannot be written, or one that holds anything else.
+    """
+    if not folder:
+        raise InputError("--workdir is needed: the folder to fill")
+    out = Path(folder)
+    workdir.check_writable(out)
+    if out.is_dir() and any(out.iterdir()) and not (out / name).is_file():
+        raise InputError(f"{out} holds other files; choose an empty or a new folder")
+    if (out / name).is_file() and not overwrite:
+        try:
+            found = json.loads((out / name).read_text())
+        except ValueError as error:
+            raise InputError(f"{out / name} is damaged: {error}") from None
+        if found != settings:
+            raise InputError(
+                f"{out} holds a run of other settings:\n  {workdir.difference(found, settings)}\n"
+                "Give another folder, or --overwrite."
+            )
+    return out
+
+
+def claim(
+    out: Path, name: str, settings: dict[str, Any], produced: Iterable[str], overwrite: bool
+) -> None:
+    """Make the folder ours; with `overwrite` without what an earlier run left there."""
+    if overwrite:
+        # What tells that the folder is ours goes last: a kill leaves one that can be overwritten.
+        for other in [*(other for other in produced if other != name), name]:
+            files.remove(out / other)
+    files.remove_leftovers(out, *(out / other for other in produced))
+    files.write_json(out / name, settings)
