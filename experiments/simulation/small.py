@@ -124,6 +124,11 @@ def run(out: Path, simulated: "Small") -> tuple["pd.DataFrame", "pd.DataFrame"]:
     logging.info("%d configurations in %d programs", len(rows), len(sweep.programs(rows)))
     about = {"simulation": "small", "autoencoder": "ideal", "variant": FLAGS.variant}
     runs = sweep.train(rows, train, validation, out / "sweep", about)
+    failed = sum(int((each.results["status"] == "failed").sum()) for each in runs.values())
+    if failed:
+        raise SystemExit(
+            f"error: {failed} configurations failed (see above); the same command tries them again"
+        )
     results, correlations = sweep.measure(rows, runs, cells, simulated.variables, out / "metrics")
     files.write_parquet(out / "correlations.parquet", correlations)
     files.write_parquet(out / "results.parquet", results)
