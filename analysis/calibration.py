@@ -3,13 +3,15 @@
 Genes are co-expressed, and a Mann-Whitney test takes them for independent: with activations
 permuted over the cells it still finds sets. Here its z, or any other statistic, is standardised,
 for each term, by the mean and the standard deviation that permuted features of as many high cells
-have.
+have. Terms share genes and the statistic is no normal deviate, least of all for few high cells; so
+deviates are then divided by what it takes that at most one in fifty of the permuted features itself
+would be named at q < .05: others, which it has not seen, are then below one in twenty.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,9 @@ from analysis.features import as_columns
 from sae_jax import files
 from sae_jax.errors import InputError
 
+LEVEL = 0.05  # of q
+NAMED = 0.02  # share of the permuted features that may be named at it
+
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
@@ -27,17 +32,23 @@ class Calibration:
 
     n_high: number of high cells that each bin stands for, rising [bins].
     mean, sd: of the statistic [bins, terms].
+    inflation: by which deviates are divided, at least 1 [bins].
     n_null: permuted features in each bin.
     """
 
     n_high: np.ndarray
     mean: np.ndarray
     sd: np.ndarray
+    inflation: np.ndarray
     n_null: int
 
-    def of(self, terms: slice) -> Calibration:
-        """That of some terms."""
-        return replace(self, mean=self.mean[:, terms], sd=self.sd[:, terms])
+    @classmethod
+    def of_null(cls, n_high: np.ndarray, null: np.ndarray) -> Calibration:
+        """From the statistic of permuted features [bins, features, terms]."""
+        return cls(
+            n_high=n_high, mean=null.mean(axis=1), sd=null.std(axis=1, ddof=1),
+            inflation=np.array([_inflation(some) for some in null]), n_null=null.shape[1],
+        )  # fmt: skip
 
     def deviates(self, z: np.ndarray, n_high: np.ndarray) -> np.ndarray:
         """The statistic z [features, terms] standardised: Student's t with n_null - 1 degrees.
@@ -45,19 +56,19 @@ class Calibration:
         Between bins mean and sd are interpolated in the logarithm of n_high [features]; beyond
         them the nearest bin's hold. NaN stays NaN.
         """
-        at = np.log(np.maximum(n_high, 1))
-        grid = np.log(self.n_high)
-        right = np.clip(np.searchsorted(grid, at), 1, max(1, len(grid) - 1))
-        if len(grid) == 1:
-            mean, sd = self.mean[[0]], self.sd[[0]]
-        else:
-            weight = np.clip((at - grid[right - 1]) / (grid[right] - grid[right - 1]), 0, 1)[
-                :, None
-            ]
-            mean = (1 - weight) * self.mean[right - 1] + weight * self.mean[right]
-            sd = (1 - weight) * self.sd[right - 1] + weight * self.sd[right]
+        at, grid = np.log(np.maximum(n_high, 1)), np.log(self.n_high)
+        right = np.clip(np.searchsorted(grid, at), min(1, len(grid) - 1), len(grid) - 1)
+        left = np.maximum(right - 1, 0)
+        width = np.where(right > left, grid[right] - grid[left], 1.0)
+        weight = np.clip((at - grid[left]) / width, 0, 1)[:, None]
+
+        def between(values: np.ndarray) -> np.ndarray:
+            return (1 - weight) * values[left] + weight * values[right]
+
+        mean, sd = between(self.mean), between(self.sd)
+        spread = sd * np.sqrt(1 + 1 / self.n_null) * between(self.inflation[:, None])
         with np.errstate(divide="ignore", invalid="ignore"):
-            return np.where(sd > 0, (z - mean) / (sd * np.sqrt(1 + 1 / self.n_null)), np.nan)
+            return np.where(sd > 0, (z - mean) / spread, np.nan)
 
     def log_p(self, deviates: np.ndarray) -> np.ndarray:
         """Two-sided -log10 p of deviates [features, terms], float64."""
@@ -71,7 +82,7 @@ class Calibration:
         return direct
 
 
-def calibrate(
+def permuted(
     activations: sparse.csr_matrix,
     n_high: np.ndarray,
     statistic: Callable[[sparse.csr_matrix], np.ndarray],
@@ -81,17 +92,21 @@ def calibrate(
     block: int = 64,
     seed: int = 0,
     run: Callable[..., Iterable[np.ndarray]] = map,
-) -> Calibration:
-    """Permute features of like group size and take the moments of what the test says of them.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Permute features of like group size: what statistics say where there is nothing to say.
 
     Args:
       activations: [cells, features].
       n_high: high cells of each feature [features]; those of none are left out.
       statistic: activations of some features -> [features, terms].
-      bins: numbers of high cells, quantiles of `n_high`, at which moments are taken.
+      bins: numbers of high cells, quantiles of `n_high`, at which it is done.
       per_bin: permuted features a bin, drawn from those nearest to it.
       block: of these at once.
       run: `map`, or one that works in threads and keeps the order.
+
+    Returns:
+      The numbers of high cells [bins], and the statistic [bins, per_bin, terms]: for
+      `Calibration.of_null`.
 
     Raises:
       InputError: fewer than 30 features a bin, or no feature with high cells.
@@ -114,9 +129,28 @@ def calibrate(
                 yield nulls.permuted_cells(columns[:, chosen[start : start + block]], rng)
 
     found = np.concatenate(list(run(statistic, blocks()))).reshape(len(centres), per_bin, -1)
-    return Calibration(
-        n_high=centres, mean=found.mean(axis=1), sd=found.std(axis=1, ddof=1), n_null=per_bin
-    )
+    return centres, found
+
+
+def _inflation(null: np.ndarray) -> float:
+    """Of permuted features [features, terms]: see `Calibration`.
+
+    Each is standardised by the others: its externally studentised residual. A feature is named at
+    q < LEVEL if for some k its k-th largest deviate passes Student's quantile at LEVEL k / terms;
+    so the largest ratio of the two is what it must be divided by not to be named.
+    """
+    n = len(null)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        inner = (null - null.mean(axis=0)) / (null.std(axis=0, ddof=1) * np.sqrt(1 - 1 / n))
+        outer = inner * np.sqrt((n - 2) / (n - 1 - inner**2))
+    tested = np.isfinite(outer).all(axis=0)
+    if not tested.any():
+        return 1.0
+    largest = -np.sort(-np.abs(outer[:, tested]), axis=1)
+    rank = np.arange(1, largest.shape[1] + 1)
+    needed = (largest / -special.stdtrit(n - 1.0, LEVEL * rank / len(rank) / 2)).max(axis=1)
+    spare = int(NAMED * (n + 1))  # features that may be named
+    return max(1.0, float(np.sort(needed)[n - 1 - spare]) * (1 + 1e-9))  # that one just fails
 
 
 def save(path: str | Path, known: Mapping[str, Calibration]) -> None:
@@ -131,7 +165,7 @@ def load(path: str | Path) -> dict[str, Calibration]:
     """What `save` wrote."""
     stored = np.load(path)
     tests = {name.split("/")[0] for name in stored}
-    fields = ("n_high", "mean", "sd")
+    fields = ("n_high", "mean", "sd", "inflation")
     return {
         test: Calibration(*(stored[f"{test}/{f}"] for f in fields), int(stored[f"{test}/n_null"]))
         for test in tests

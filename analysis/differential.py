@@ -6,6 +6,7 @@ at once. The groups are sparse masks (`groups` makes them); see `cell_sums` for 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
@@ -52,12 +53,24 @@ class Welch:
     def cohens_d(self) -> np.ndarray:
         """Difference of the means over the pooled standard deviation [features, genes]; NaN where
         that is zero."""
+        sd = self._pooled_sd()
+        with np.errstate(divide="ignore", invalid="ignore"):
+            d = (self.mean_high - self.mean_low) / sd
+        d[sd == 0] = np.nan
+        return d
+
+    def moderated_d(self, typical_sd: float) -> np.ndarray:
+        """Cohen's d with `typical_sd` added to the standard deviation [features, genes].
+
+        As in SAM (Tusher 2001): genes that hardly vary do not get large changes out of noise.
+        """
+        with np.errstate(invalid="ignore"):
+            return (self.mean_high - self.mean_low) / (self._pooled_sd() + typical_sd)
+
+    def _pooled_sd(self) -> np.ndarray:
         n, m = self.n_high[:, None], self.n_low[:, None]
         with np.errstate(divide="ignore", invalid="ignore"):
-            pooled = ((n - 1) * self.var_high + (m - 1) * self.var_low) / (n + m - 2)
-            d = (self.mean_high - self.mean_low) / np.sqrt(pooled)
-        d[pooled == 0] = np.nan
-        return d
+            return np.sqrt(((n - 1) * self.var_high + (m - 1) * self.var_low) / (n + m - 2))
 
 
 def welch(
@@ -203,6 +216,12 @@ class Prepared:
         """Raises InputError as `welch`."""
         moments = cell_sums.moments_of(expression)
         return cls(moments, cell_sums.over_all(moments))
+
+    @functools.cached_property
+    def typical_sd(self) -> float:
+        """Median, over the more expressed half of the genes, of the sd over all cells."""
+        mean, variance = self.everything.x[0], self.everything.variance[0]
+        return float(np.sqrt(np.median(variance[mean >= np.median(mean)])))
 
     def welch(self, groups: Groups, pseudocount: float = 1.0) -> Welch:
         """The test of some features, whose groups were made by the functions of `groups`."""

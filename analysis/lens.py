@@ -5,9 +5,9 @@ best of each feature are kept, of the terms every test as -log10 p in float32, i
 a limit, in files.
 
 Two statistics of a term are standardised by what permuted features have (see `calibration`): the
-mean log2 fold change of its genes, "change", and Mann-Whitney's z of their t, "calibrated". The
-first names features. Ranks do not know how far a gene has moved: of ten thousand genes the few that
-a cell type is known by move a rank sum little, however loud they are.
+mean change of its genes, in standard deviations of theirs, "change", and Mann-Whitney's z of their
+t, "calibrated". The first names features. Ranks do not know how far a gene has moved: of ten
+thousand genes the few that a cell type is known by move a rank sum little, however loud they are.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Lens:
 
     log_p: -log10 p of each test in `TESTS` that was made.
     auc: Mann-Whitney's effect, U / (n1 n2); z: its deviate; fold: hits over expected hits.
-    change: mean log2 fold change of the term's genes, those that do not change included.
+    change: mean `Welch.moderated_d` of the term's genes, those that do not change included.
     change_z, calibrated_z: change and z standardised by permuted features; None without these.
     hits: relevant genes in the term, int32.
     n_high, n_low, n_relevant: cells, cells, genes of each feature.
@@ -259,7 +259,7 @@ def annotate(
         tops[rows.start // block] = _top(welch, gene_q, expression.genes, rows.start, top_genes)
 
     def mean_change(welch: differential.Welch) -> np.ndarray:
-        return (mean_of_set @ np.nan_to_num(welch.log2_fold_change).T).T
+        return (mean_of_set @ np.nan_to_num(welch.moderated_d(prepared.typical_sd)).T).T
 
     def statistics(activations: sparse.csr_matrix) -> np.ndarray:
         welch = prepared.welch(top_cells(activations, rule.percentile), rule.pseudocount)
@@ -273,7 +273,7 @@ def annotate(
             bar.update(min(block, n_features - bar.n))
         bar.close()
         if not known and null_features:
-            moments = calibration.calibrate(
+            sizes, null = calibration.permuted(
                 z, n_high, statistics, bins=bins, per_bin=null_features, block=block, seed=seed,
                 run=lambda work, some: tqdm(
                     _in_order(pool, work, some, workers), desc="permuted", unit=" blocks",
@@ -281,8 +281,8 @@ def annotate(
                 ),
             )  # fmt: skip
             known = {
-                "change": moments.of(slice(n_terms)),
-                "calibrated": moments.of(slice(n_terms, None)),
+                test: calibration.Calibration.of_null(sizes, part)
+                for test, part in zip(CALIBRATED, np.split(null, 2, axis=2), strict=True)
             }
     deviates = {}
     for test, moments in known.items():

@@ -5,6 +5,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import sparse, stats
 
 from analysis import calibration, cells, differential, enrichment, gene_sets, lens
@@ -72,8 +74,15 @@ def test_every_table_equals_the_tests_made_one_by_one(
     np.testing.assert_array_equal(found.n_relevant, chosen.sum(axis=1))
     for test, p in (("mann_whitney", ranked.p), ("fisher", fisher.p), ("binomial", binomial.p)):
         np.testing.assert_allclose(found.log_p[test], -np.log10(p), **close)
-    change = welch.log2_fold_change.reshape(FEATURES, TERMS, 20).mean(axis=2)  # sets lie in a row
-    np.testing.assert_allclose(np.nan_to_num(found.change), np.nan_to_num(change), **close)
+    x, high, active = expression.x.toarray(), groups.high.toarray(), groups.active.toarray()
+    mean = x.mean(axis=0)
+    typical = np.median(x.std(axis=0, ddof=1)[mean >= np.median(mean)])
+    for i in np.flatnonzero(high.any(axis=1)):
+        a, b = x[high[i]], x[~active[i]]
+        squares = ((a - a.mean(0)) ** 2).sum(0) + ((b - b.mean(0)) ** 2).sum(0)
+        d = (a.mean(0) - b.mean(0)) / (np.sqrt(squares / (len(a) + len(b) - 2)) + typical)
+        change = d.reshape(TERMS, 20).mean(axis=1)  # sets lie in a row
+        np.testing.assert_allclose(found.change[i], change, rtol=1e-4, atol=1e-6)
     for test, statistic in (("change", found.change), ("calibrated", ranked.z)):
         deviates = known[test].deviates(statistic, welch.n_high)
         expected = -np.log10(2 * stats.t.sf(np.abs(deviates), 59))
@@ -131,6 +140,44 @@ def test_a_calibration_depends_on_the_seed_alone(
     for test in known:
         np.testing.assert_array_equal(same[test].mean, known[test].mean)
         assert np.abs(other[test].mean - known[test].mean).max() > 1e-3
+
+
+@given(st.integers(0, 100), st.sampled_from([0.0, 1.0]))
+def test_no_more_than_one_in_fifty_of_the_permuted_features_is_named(
+    seed: int, skew: float
+) -> None:
+    """Of those that made the calibration, each standardised without itself."""
+    rng = np.random.default_rng(seed)
+    shared = rng.gamma(2, 1, (60, 1)) * skew
+    null = rng.normal(size=(60, 40)) + shared * rng.normal(size=(60, 1))
+    made = calibration.Calibration.of_null(np.array([10.0]), null[None])
+    assert made.inflation[0] >= 1
+    named = 0
+    for i in range(60):
+        others = np.delete(null, i, axis=0)
+        alone = calibration.Calibration(
+            made.n_high, others.mean(0)[None], others.std(0, ddof=1)[None], made.inflation, 59
+        )
+        t = alone.deviates(null[[i]], np.array([10]))
+        p = 2 * stats.t.sf(np.abs(t), 59)
+        named += enrichment.benjamini_hochberg(p, axis=1).min() < calibration.LEVEL
+    assert named <= 1
+    assert named == 1 or (made.inflation == 1).all()  # nor is it divided by more than it takes
+
+
+def test_between_two_sizes_a_calibration_is_between_theirs() -> None:
+    null = np.random.default_rng(0).normal(size=(2, 50, 3)) * np.array([1, 2, 4])
+    null[1] = null[1] * 3 + 1
+    made = calibration.Calibration.of_null(np.array([10.0, 1000.0]), null)
+    z = np.ones((3, 3))
+    half = (made.mean.mean(0), made.sd.mean(0), made.inflation.mean())
+    found = made.deviates(z, np.array([10, 100, 5000]))
+    for row, (mean, sd, inflation) in enumerate(
+        [(made.mean[0], made.sd[0], made.inflation[0]), half,
+         (made.mean[1], made.sd[1], made.inflation[1])]
+    ):  # fmt: skip
+        expected = (1 - mean) / (sd * np.sqrt(1 + 1 / 50) * inflation)
+        np.testing.assert_allclose(found[row], expected)
 
 
 def test_a_calibration_survives_its_file(
@@ -193,7 +240,9 @@ def test_tails_that_no_double_holds() -> None:
     z = np.array([0.0, 1.0, 38.0, 60.0, 1000.0])
     exact = [0, -np.log10(2 * stats.norm.sf(1)), 315.54, 783.6, 217149.7]
     np.testing.assert_allclose(lens.two_sided(z), exact, rtol=1e-3)
-    known = calibration.Calibration(np.array([10]), np.zeros((1, 1)), np.ones((1, 1)), 301)
+    known = calibration.Calibration(
+        np.array([10]), np.zeros((1, 1)), np.ones((1, 1)), np.ones(1), 301
+    )
     far = known.log_p(
         known.deviates(np.array([[1e1], [1e3], [1e6]]), np.array([10, 10, 10]))
     ).ravel()
