@@ -12,6 +12,7 @@ EXTRAS = {
     "single-cell": ["scanpy>=1.10", "scikit-misc>=0.5", "statsmodels>=0.14", "umap-learn>=0.5.6"],
     "extract": ["torch>=2.4", "transformers>=4.44"],
     "tensorboard": ["tensorboardX>=2.6"],
+    "search": ["optuna>=4"],
     "browser": ["fastapi", "uvicorn", "jinja2", "plotly"],
     "cuda": ["jax[cuda13]"],
 }

@@ -19,9 +19,15 @@ PROGRAMS = {
     "quickstart": "cells and an embedding in; named features, tables, figures and a report out",
     "train": "an embedding and one configuration in; a dictionary and its metrics out",
     "lens": "a dictionary, cells and gene sets in; every feature annotated, with nulls, out",
+    "lens-compare": "finished runs of the lens in; features matched, shared terms, seeds out",
+    "steer": "a dictionary, cells and a decoder in; what turning features up does, out",
     "sweep": "an embedding in; a dictionary per configuration, their metrics and frontier out",
 }
-MODULES = {"lens": "feature_lens"}  # whose names differ
+MODULES = {  # whose names differ
+    "lens": "feature_lens",
+    "lens-compare": "feature_lens_compare",
+    "steer": "steering",
+}
 
 
 def main() -> None:

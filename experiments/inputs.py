@@ -3,6 +3,7 @@ features read, checked before any work."""
 
 import dataclasses
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,12 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "gene_table", None, "NCBI gene_info: genes and sets match by any of a gene's names."
     )
+    flags.DEFINE_enum(
+        "gene_case",
+        "as_is",
+        ["as_is", "upper"],
+        "upper: mouse symbols match human sets in capitals (the globins have other names).",
+    )
     flags.DEFINE_integer(
         "min_size", None, "Smallest set in measured genes; 2 if embedded, else 20."
     )
@@ -85,16 +92,7 @@ def read(beside: str, min_universe: int = 0) -> Inputs:
     elif FLAGS.embedding is not None:
         embedding = cells.embedding(adata, FLAGS.embedding)
     expression = cells.expression(adata, source, kind, FLAGS.gene_symbols)
-    embedded = FLAGS.gene_sets == gene_sets.EMBEDDED
-    sets = gene_sets.load(
-        FLAGS.gene_sets,
-        expression.genes,
-        (2 if embedded else 20) if FLAGS.min_size is None else FLAGS.min_size,
-        (2000 if embedded else 500) if FLAGS.max_size is None else FLAGS.max_size,
-        gene_table=FLAGS.gene_table,
-        min_universe=min_universe,
-        **({} if FLAGS.obo is None else {"obo": FLAGS.obo}),
-    )
+    sets = load_sets(expression.genes, min_universe)
     logging.info("%d cells, %d genes; %s", adata.n_obs, len(expression.genes), sets.coverage)
     if embedding is None:
         embedding = cells.pca(expression.x, FLAGS.pca)
@@ -108,6 +106,22 @@ def read(beside: str, min_universe: int = 0) -> Inputs:
         settings=settings, obs=adata.obs, expression=expression, embedding=embedding,
         labels=labels, sets=sets,
     )  # fmt: skip
+
+
+def load_sets(genes: Sequence[str], min_universe: int = 0) -> gene_sets.GeneSets:
+    """The gene sets of the flags over these genes."""
+    embedded = FLAGS.gene_sets == gene_sets.EMBEDDED
+    if FLAGS.gene_case == "upper":
+        genes = [gene.upper() for gene in genes]
+    return gene_sets.load(
+        FLAGS.gene_sets,
+        genes,
+        (2 if embedded else 20) if FLAGS.min_size is None else FLAGS.min_size,
+        (2000 if embedded else 500) if FLAGS.max_size is None else FLAGS.max_size,
+        gene_table=FLAGS.gene_table,
+        min_universe=min_universe,
+        **({} if FLAGS.obo is None else {"obo": FLAGS.obo}),
+    )
 
 
 def stored_embedding(names: pd.Index) -> np.ndarray:

@@ -25,7 +25,7 @@ from scipy import sparse
 
 import extract
 import sae_jax
-from analysis import cells, gene_sets, lens, steering
+from analysis import cells, lens, steering
 from analysis.cells import Expression
 from experiments import cli, folders, perturbation, steering_page
 from experiments import inputs as reading
@@ -212,7 +212,7 @@ def subject_of(inputs: reading.Inputs, dictionary: sae_jax.Dictionary, model: An
     genes = gene_names(model.genes, source.var, FLAGS.gene_symbols)
     return Subject(
         dictionary=dictionary, model=model, x=inputs.embedding, labels=inputs.labels,
-        names=adata.obs_names.to_numpy(str), genes=genes, sets=sets_over(genes),
+        names=adata.obs_names.to_numpy(str), genes=genes, sets=reading.load_sets(genes),
         library=library(adata, inputs.settings, model.genes),
         batch=None if batch is None else adata.obs[batch].astype(str).to_numpy(),
         covariates=(
@@ -235,17 +235,6 @@ def gene_names(genes: list[str], var: pd.DataFrame, column: str | None) -> list[
         found.append(symbol if free else gene)
         taken.add(found[-1])
     return found
-
-
-def sets_over(genes: list[str]) -> gene_sets.GeneSets:
-    """The gene sets of the flags over these genes."""
-    embedded = FLAGS.gene_sets == gene_sets.EMBEDDED
-    return gene_sets.load(
-        FLAGS.gene_sets, genes,
-        (2 if embedded else 20) if FLAGS.min_size is None else FLAGS.min_size,
-        (2000 if embedded else 500) if FLAGS.max_size is None else FLAGS.max_size,
-        gene_table=FLAGS.gene_table, **({} if FLAGS.obo is None else {"obo": FLAGS.obo}),
-    )  # fmt: skip
 
 
 def library(adata: anndata.AnnData, settings: dict[str, Any], genes: list[str]) -> np.ndarray:

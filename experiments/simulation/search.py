@@ -38,7 +38,7 @@ def search(
     try:
         import optuna
     except ImportError:
-        raise InputError("the search needs Optuna: pip install optuna") from None
+        raise InputError("the search needs Optuna: pip install 'sae-jax[search]'") from None
     sizes = [size for size in BATCH_SIZES if size <= len(train)]
     if not sizes:
         raise InputError(f"{len(train)} cells are fewer than the smallest batch, {BATCH_SIZES[0]}")

@@ -143,5 +143,5 @@ def test_the_search_keeps_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="fewer than the smallest batch"):
         search.search([5, 4, 2], rows[:9], rows[80:])
     monkeypatch.setitem(sys.modules, "optuna", None)
-    with pytest.raises(InputError, match="pip install optuna"):
+    with pytest.raises(InputError, match=r"sae-jax\[search\]"):
         search.search([5, 4, 2], rows[:80], rows[80:])
