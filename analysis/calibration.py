@@ -85,6 +85,7 @@ class Calibration:
 def permuted(
     activations: sparse.csr_matrix,
     n_high: np.ndarray,
+    usable: np.ndarray,
     statistic: Callable[[sparse.csr_matrix], np.ndarray],
     *,
     bins: int = 6,
@@ -97,7 +98,9 @@ def permuted(
 
     Args:
       activations: [cells, features].
-      n_high: high cells of each feature [features]; those of none are left out.
+      n_high: high cells of each feature [features].
+      usable: whether a feature has cells enough to be named [features]; the sizes of these are
+        those that matter.
       statistic: activations of some features -> [features, terms].
       bins: numbers of high cells, quantiles of `n_high`, at which it is done.
       per_bin: permuted features a bin, drawn from those nearest to it.
@@ -109,13 +112,13 @@ def permuted(
       `Calibration.of_null`.
 
     Raises:
-      InputError: fewer than 30 features a bin, or no feature with high cells.
+      InputError: fewer than 30 features a bin, or no usable feature.
     """
     if per_bin < 30:
         raise InputError(f"per_bin={per_bin}: at least 30 permuted features give a variance.")
-    usable = np.flatnonzero(n_high > 0)
+    usable = np.flatnonzero(usable)
     if not usable.size:
-        raise InputError("no feature has high cells: there is nothing to permute.")
+        raise InputError("no feature has cells enough: there is nothing to permute.")
     quantiles = (np.arange(bins) + 0.5) / bins
     centres = np.unique(np.quantile(n_high[usable], quantiles, method="nearest"))
     nearest = np.abs(np.log(n_high[usable])[:, None] - np.log(centres)[None, :]).argmin(axis=1)

@@ -272,9 +272,11 @@ def annotate(
         for _ in _in_order(pool, test, _slices(n_features, block), workers):
             bar.update(min(block, n_features - bar.n))
         bar.close()
-        if not known and null_features:
+        testable = (n_high >= rule.cells) & (n_low >= rule.cells)
+        if not known and null_features and testable.any():
             sizes, null = calibration.permuted(
-                z, n_high, statistics, bins=bins, per_bin=null_features, block=block, seed=seed,
+                z, n_high, testable, statistics, bins=bins, per_bin=null_features, block=block,
+                seed=seed,
                 run=lambda work, some: tqdm(
                     _in_order(pool, work, some, workers), desc="permuted", unit=" blocks",
                     disable=not progress,
@@ -285,9 +287,13 @@ def annotate(
                 for test, part in zip(CALIBRATED, np.split(null, 2, axis=2), strict=True)
             }
     deviates = {}
-    for test, moments in known.items():
+    for test in [test for test in CALIBRATED if made[test]]:
         statistic = {"change": change, "calibrated": deviate}[test]
         table = deviates[CALIBRATED[test][1]] = tables.new()
+        if test not in known:  # no feature can be named
+            table[:] = log_p[test][:] = np.nan
+            continue
+        moments = known[test]
         for rows in _slices(n_features, 256):
             some = moments.deviates(statistic[rows].astype(np.float64), n_high[rows])
             table[rows], log_p[test][rows] = some, moments.log_p(some)

@@ -45,7 +45,10 @@ def write(
     genes = pd.read_parquet(out / "genes.parquet").set_index("feature")
     for name, row in chosen.iterrows():
         sections.append(
-            (plots.plain(name), feature_section(row, terms.loc[[name]], genes.loc[[name]]))
+            (
+                plots.plain(name),
+                feature_section(row, terms[terms.index == name], genes[genes.index == name]),
+            )
         )
     report.write(out / "report.html", "Feature lens", sections)
 

@@ -291,3 +291,21 @@ def test_permuted_cells_are_not_named_after_calibration(data_folder: Path) -> No
     )  # fmt: skip
     assert found.share_named() <= 0.05
     assert found.share_named("mann_whitney") > 0.4  # what it is for
+
+
+def test_a_calibration_is_made_for_the_sizes_that_can_be_named(
+    expression: Expression, sets: GeneSets
+) -> None:
+    """Hundreds of features of one cell, as overcomplete dictionaries have them, change nothing."""
+    rng = np.random.default_rng(0)
+    z = np.zeros((CELLS, 330), np.float32)
+    for i in range(300):
+        z[rng.integers(CELLS), i] = 1
+    for i in range(300, 330):
+        z[rng.choice(CELLS, 20 + i % 3, replace=False), i] = 1
+    call = {"null_features": 40, "bins": 2, "progress": False}
+    _, known = lens.annotate(sparse.csr_matrix(z), expression, sets, RULE, **call)
+    assert (known["change"].n_high >= 20).all()
+    none, known = lens.annotate(sparse.csr_matrix(z[:, :300]), expression, sets, RULE, **call)
+    assert known == {} and np.isnan(none.log_p["change"]).all() and not none.named().any()
+    assert len(none.best()) == 0
