@@ -60,6 +60,7 @@ FILES = {
     "history.parquet": "losses, where the dictionary was trained here",
     "dictionary": "cfg.json, sae_weights.safetensors, where it was trained here",
 }
+COUNTS = ("n_high", "n_low", "n_relevant", "testable", "paper_annotated")  # in named.npz
 KEPT = ("training", "calibration.npz", "named.npz")
 
 
@@ -232,19 +233,15 @@ def annotate(
         table = table.assign(feature=names[table["feature"]])
         files.write_parquet(out / f"{name}.parquet", table)
     calibration.save(out / "calibration.npz", known)
-    counts = pd.DataFrame(
-        {
-            "n_high": found.n_high, "n_low": found.n_low, "n_relevant": found.n_relevant,
-            "testable": found.testable(), "paper_annotated": found.paper_annotated(),
-        },
-        index=names,
-    )  # fmt: skip
+    counts = [
+        found.n_high, found.n_low, found.n_relevant, found.testable(), found.paper_annotated()
+    ]  # fmt: skip
     shares = {test: found.share_named(test) for test in found.log_p}
     with files.write_aside(out / "named.npz") as fresh:  # last: it says that all of these are there
         named = sparse.csr_matrix(found.named())
         np.savez(
             fresh, indptr=named.indptr, indices=named.indices, shape=named.shape,
-            terms=np.asarray(found.terms, str), counts=counts.to_numpy(np.int64),
+            terms=np.asarray(found.terms, str), counts=np.stack(counts, axis=1).astype(np.int64),
             tests=np.asarray(list(shares)), shares=np.asarray(list(shares.values())),
         )  # fmt: skip
 
@@ -272,7 +269,10 @@ def null_rates(
         {"features": "the dictionary's"} | dict(zip(found["tests"], found["shares"], strict=True))
     ]
     rng = np.random.default_rng(FLAGS.seed + 1)
-    some = np.sort(rng.permutation(z.shape[1])[: FLAGS.null_sample])
+    testable = np.flatnonzero(found["counts"][:, COUNTS.index("testable")])
+    some = np.sort(rng.permutation(testable)[: FLAGS.null_sample])
+    if not some.size:
+        return pd.DataFrame(rows)
     part, x, sets = z[:, some], inputs.embedding, inputs.sets
     density = part.getnnz(axis=0) / part.shape[0]
     fresh = nulls.untrained(dictionary, FLAGS.seed).encode(x, sparse=True)
@@ -314,7 +314,7 @@ def describe(
     table = characterisation.summary(z, inputs.labels, technical).set_index(names)
     table.insert(0, "latent", live)
     stored = np.load(out / "named.npz")
-    for i, column in enumerate(("n_high", "n_low", "n_relevant", "testable", "paper_annotated")):
+    for i, column in enumerate(COUNTS):
         values = stored["counts"][:, i]
         table[column] = values.astype(bool) if i > 2 else values
     if numeric.shape[1]:
