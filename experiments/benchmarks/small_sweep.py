@@ -29,18 +29,14 @@ import numpy as np
 from absl import flags, logging
 
 from experiments.benchmarks import table
+from experiments.simulation import data, sweep
+from experiments.simulation.sweep import EPOCHS, SCALINGS
 
 if TYPE_CHECKING:
     from sae_jax import SAEConfig
     from sae_jax.state import Params
 
-EPOCHS, ROWS = 500, 12000
-SCALINGS = (2, 5, 10, 20, 50, 100, 200, 1000)
-RATES = (1e-2, 1e-3, 1e-4, 1e-5)
-L1 = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
-PERCENTS = (5, 10, 20, 50, 75, 100)
-M = np.array([[0, 1, 1, 0, 0], [1, 1, 0, 1, 0], [0, 0, 0, 1, 1]])
-HIGH = 0.95
+D_IN = 4
 QUICK_EPOCHS, QUICK_MEMBERS = 3, 1
 
 FLAGS = flags.FLAGS
@@ -77,39 +73,20 @@ def main() -> None:
 
 def simulation(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Rows [12000, 4] to train on, and the variables [12000, 12]: Y, X', A, X."""
-    random = np.random.default_rng(seed)
-    a = random.poisson(2, (ROWS, 1))
-    x = random.random((ROWS, 3)) < np.array([[0.5, 0.1, 0.9]])
-    x_active = a * x
-    y = x_active @ M
-    rows = y @ random.standard_normal((5, 4)) / np.sqrt(5)
-    return rows.astype(np.float32), np.hstack([y, x_active, a, x]).astype(np.float32)
+    cells = data.small(seed)
+    mixed = cells.y @ np.random.default_rng(seed).standard_normal((cells.y.shape[1], D_IN))
+    return (mixed / np.sqrt(cells.y.shape[1])).astype(np.float32), cells.variables
 
 
 def programs(scalings: Sequence[int] = SCALINGS) -> list[list["SAEConfig"]]:
     """The configurations of the sweep, by program, narrow ones first.
 
-    At 8 latents 5, 10 and 20 % are all k = 1, and `sae_jax.grid` would merge them: 512 counts them.
+    At 8 latents 5, 10 and 20 % are all k = 1: 512 counts them.
     """
-    from sae_jax import SAEConfig
-
-    penalties = {
-        "vanilla": [{"l1_weight": weight} for weight in L1],
-        "bricken": [{"l1_weight": weight} for weight in L1],
-        "topk_schuster": [{"k_percent": percent} for percent in PERCENTS],
-    }
-    return [
-        [
-            SAEConfig.preset(
-                preset, d_in=4, n_latents=4 * scaling, batch_size=128, reduction="mean",
-                learning_rate=rate, **penalty,
-            )
-            for rate in RATES
-            for penalty in penalties[preset]
-        ]
-        for scaling in scalings
-        for preset in penalties
-    ]  # fmt: skip
+    found: dict[tuple[str, int], list[SAEConfig]] = {}
+    for row in sweep.Grid(scalings=tuple(scalings)).rows(D_IN):
+        found.setdefault((row["type"], row["scaling"]), []).append(row["config"])
+    return list(found.values())
 
 
 def measure(
@@ -160,29 +137,13 @@ def metrics_of(
     correlations = []
     for i, config in enumerate(configs):
         weights = jax.tree.map(lambda leaf, i=i: leaf[i], params)
-        correlations.append(correlated(Dictionary(config, weights, None).encode(rows), variables))
+        codes = Dictionary(config, weights, None).encode(rows)
+        correlations.append(sweep.correlated(codes, variables))
     return {
         **{name: value[: len(configs)] for name, value in found.items()},
         "redundant": repeats[: len(configs)].sum(axis=1),
         **{name: np.stack([each[name] for each in correlations]) for name in correlations[0]},
     }
-
-
-def correlated(z: np.ndarray, variables: np.ndarray) -> dict[str, np.ndarray]:
-    """Pearson's r of codes z [rows, latents] with variables [rows, variables], by variable."""
-    r = _standardized(z).T @ _standardized(variables)
-    return {
-        "highest": np.abs(r).max(axis=0),
-        "latents_per_variable": (r >= HIGH).sum(axis=0),
-        "latents_per_variable_absolute": (np.abs(r) >= HIGH).sum(axis=0),
-    }
-
-
-def _standardized(x: np.ndarray) -> np.ndarray:
-    """Columns of mean 0 and length 1; constant ones are 0."""
-    x = x - x.mean(axis=0, keepdims=True)
-    length = np.linalg.norm(x, axis=0, keepdims=True)
-    return x / np.where(length > 0, length, 1)
 
 
 def text(found: list[dict[str, Any]]) -> str:

@@ -259,11 +259,10 @@ def test_the_small_sweep_is_the_one_of_the_paper() -> None:
     assert len(configs) == 512
     assert {config.n_latents for config in configs} == {4 * s for s in small_sweep.SCALINGS}
     assert all(len({config.architecture for config in program}) == 1 for program in programs)
-    data, variables = small_sweep.simulation()
-    assert data.shape == (12000, 4)
-    y, x_active, a, x = np.split(variables, [5, 8, 9], axis=1)
-    np.testing.assert_array_equal(y, x_active @ small_sweep.M)
-    np.testing.assert_array_equal(x_active, a * x)
+    rows, variables = small_sweep.simulation()
+    assert rows.shape == (12000, 4)
+    assert rows.dtype == np.float32
+    assert variables.shape == (12000, 12)
 
 
 def test_a_program_of_the_small_sweep_adds_up() -> None:
@@ -277,16 +276,6 @@ def test_a_program_of_the_small_sweep_adds_up() -> None:
     total = found["cpu_first"] + found["cpu_training"] + found["cpu_metrics"]
     shown = small_sweep.text([found])
     assert f"20 configurations: {total / 3600:.2f} CPU hours" in shown
-
-
-def test_metrics_of_known_codes() -> None:
-    random = np.random.default_rng(0)
-    a, b = random.random((2, 1000))
-    z = np.stack([a, np.zeros(1000), a, b, 0 * b + 1], axis=1)  # twice a, dead, b, constant
-    found = small_sweep.correlated(z, np.stack([a, -b], axis=1))
-    np.testing.assert_allclose(found["highest"], [1, 1])
-    np.testing.assert_array_equal(found["latents_per_variable"], [2, 0])
-    np.testing.assert_array_equal(found["latents_per_variable_absolute"], [2, 1])
 
 
 def test_a_timed_training_stops_at_its_deadline() -> None:
