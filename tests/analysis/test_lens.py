@@ -307,5 +307,7 @@ def test_a_calibration_is_made_for_the_sizes_that_can_be_named(
     _, known = lens.annotate(sparse.csr_matrix(z), expression, sets, RULE, **call)
     assert (known["change"].n_high >= 20).all()
     none, known = lens.annotate(sparse.csr_matrix(z[:, :300]), expression, sets, RULE, **call)
-    assert known == {} and np.isnan(none.log_p["change"]).all() and not none.named().any()
+    assert known == {}
+    assert np.isnan(none.log_p["change"]).all()
+    assert not none.named().any()
     assert len(none.best()) == 0
