@@ -52,8 +52,7 @@ class Sums:
                 raise InputError("latents and variables must be finite")
             if shift is None:  # near the means: squares of what is far from 0 lose digits
                 shift = z.mean(axis=0), v.mean(axis=0)
-            z -= shift[0]
-            v = v - shift[1]
+            z, v = z - shift[0], v - shift[1]
             more = (z.sum(0), v.sum(0), np.einsum("nl,nl->l", z, z), z.T @ v, v.T @ v)
             n += len(z)
             if sums is None:
