@@ -1,4 +1,4 @@
-"""Figures 1C, S1 and S2 of the paper, from `large`; each function returns a matplotlib Figure."""
+"""Figures 1C, S1, S2 and S13 of the paper, from `large`; each returns a matplotlib Figure."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from experiments.simulation.large_saes import chosen
+
 if TYPE_CHECKING:
     from experiments.simulation.data import Cells, Large
 
@@ -22,6 +24,8 @@ STYLES = {
 COLORED = {"latents": "Latent dimension", "depth": "Hidden layers", "width": "Architecture"}
 LOSS, FIT = "Validation loss (MSE)", "Superposition fit (R²)"
 LEAST = -0.1  # R² below it is drawn on the edge
+MARKERS = ("o", "s", "^", "D")  # of autoencoders
+NULLS = {"permuted M": "#d55e00", "other cells": "#cc78bc", "untrained": "#029e73"}
 
 
 def fits(table: pd.DataFrame) -> Figure:
@@ -91,3 +95,65 @@ def simulated(cells: Cells, simulation: Large) -> Figure:
     grid["h"].set(title=f"values of Y ({share:.1%} within .5 of 0)", yscale="log", xlabel="Y",
                   ylabel="cells × genes")  # fmt: skip
     return figure
+
+
+def recovery_and_structure(recovered: pd.DataFrame, structure: pd.DataFrame) -> Figure:
+    """S13: highest correlations over the scaling factor, and coverage of M over the percentile.
+
+    Left: means over `large_saes.chosen` of each autoencoder, bars one standard error over seeds.
+    Right: boxes of X'', as in the paper, beside the means of three nulls, and of the share of all
+    genes that the covering latents are connected to, all of which the paper lacks.
+    """
+    figure = Figure(figsize=(13, 4.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    _recovery(left, recovered)
+    _structure(right, structure)
+    return figure
+
+
+def _recovery(axes: Axes, recovered: pd.DataFrame) -> None:
+    recovered = recovered[recovered["status"] == "trained"].sort_values("d_in", kind="stable")
+    names = list(recovered["autoencoder"].unique())
+    markers = dict(zip(names, MARKERS * len(names), strict=False))
+    for name, marker in markers.items():
+        some = chosen(recovered[recovered["autoencoder"] == name])
+        for group, (color, _) in STYLES.items():
+            found = some.groupby("scaling")[f"highest:{group}"].agg(["mean", "sem"])
+            axes.errorbar(found.index, found["mean"], yerr=found["sem"].fillna(0), color=color,
+                          marker=marker, markersize=5, linewidth=0.8, capsize=2)  # fmt: skip
+    rate, weight = (some[column].iloc[0] for column in ("learning_rate", "l1_weight"))
+    places = sorted(recovered["scaling"].unique())
+    axes.set(xscale="log", xlabel="Hidden scaling factor", ylim=(min(0, axes.get_ylim()[0]), 1.03),
+             ylabel="Maximum Pearson correlation",
+             title=f"SAEs of rate {rate:g}, L1 weight {weight:g}")  # fmt: skip
+    axes.set_xticks(places, [f"{place:g}" for place in places])
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    handles = [Line2D([], [], color=c, linewidth=3, label=g) for g, (c, _) in STYLES.items()]
+    handles += [
+        Line2D([], [], linestyle="", marker=marker, color="grey", label=name)
+        for name, marker in markers.items()
+    ]
+    axes.legend(handles=handles, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def _structure(axes: Axes, structure: pd.DataFrame) -> None:
+    own = structure[structure["latents_of"] == "SAE"]
+    places = sorted(structure["percentile"].unique())
+    boxes = [own.loc[own["percentile"] == place, "coverage"] for place in places]
+    # A notch is wider than the box of a few values, and folds over.
+    axes.boxplot(boxes, positions=places, widths=6, notch=min(map(len, boxes)) >= 10,
+                 showmeans=True, manage_ticks=False, flierprops={"markersize": 2},
+                 meanprops={"marker": "o", "markerfacecolor": "red", "markeredgecolor": "red",
+                            "markersize": 4},
+                 medianprops={"color": "black"})  # fmt: skip
+    for place, box in zip(places, boxes, strict=True):
+        axes.annotate(str(len(box)), (place, 1.06), ha="center", fontsize=8)
+    for kind, color in NULLS.items():
+        mean = structure[structure["latents_of"] == kind].groupby("percentile")["coverage"].mean()
+        axes.plot(mean.index, mean, color=color, marker=".", label=kind)
+    share = own.groupby("percentile")["share"].mean()
+    axes.plot(share.index, share, color="grey", linestyle="--", label="share of all genes")
+    axes.set(xlabel="Percentile of cosine similarity", ylabel="Covered genes of an X''",
+             ylim=(-0.03, 1.13), xticks=places,
+             title="boxes: SAE; red: mean; above: X'' matched")  # fmt: skip
+    axes.legend(frameon=False, title="nulls, means", loc="center left", bbox_to_anchor=(1, 0.5))

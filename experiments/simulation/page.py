@@ -18,6 +18,7 @@ Section 4 of "Can sparse autoencoders make sense of gene expression latent varia
 again. The sections are written by the programs that they name.
 """
 SHOWN = ("figure_s04", "figure_s12")
+SHOWN_LARGE = ("figure_1c", "figure_s02", "figure_s13")
 COLUMNS = [
     "type", "n_latents", "learning_rate", "l1_weight", "k_percent", "status", "epochs", "train_mse",
     "train_loss", "validation_mse", "active", "redundant", "mean_active",
@@ -25,6 +26,11 @@ COLUMNS = [
       for group in ("Y", "X'", "A", "X")
       for name in ("highest", "highest_absolute", "latents", "latents_absolute")),
 ]  # fmt: skip
+
+LARGE_COLUMNS = (
+    "autoencoder", "scaling", "n_latents", "learning_rate", "l1_weight", "seed", "status", "epochs",
+    "best_epoch", "validation_mse", "validation_r2", "validation_l0", "validation_live",
+)  # fmt: skip
 
 
 def write(
@@ -39,13 +45,41 @@ def write(
     name = f"small_{settings['variant']}" + ("_quick" if settings["quick"] else "")
     name += "" if settings["reduction"] == "mean" else f"_{settings['reduction']}"
     prefix = f"{path.stem}_{name}"
-    for figure in SHOWN:
-        with files.write_aside(path.parent / f"{prefix}_{figure}.png") as fresh:
-            shutil.copyfile(out / "figures" / f"{figure}.png", fresh)
+    _copy_figures(SHOWN, out, path.parent, prefix)
     table = results[[column for column in COLUMNS if column in results]]
     with files.write_aside(path.parent / f"{prefix}.csv") as fresh:
         table.to_csv(fresh, index=False, float_format="%.5g")
     replace_section(path, name, _small(prefix, settings, results, superposition, claims))
+
+
+def write_large(
+    path: Path,
+    out: Path,
+    settings: dict[str, Any],
+    superposition: "pd.DataFrame",
+    table_s5: "pd.DataFrame",
+    structure: "pd.DataFrame",
+    claims: Sequence[Claim],
+) -> None:
+    """The section of `large` in `path`; its figures and recovery as CSV beside it."""
+    import pandas as pd
+
+    name = f"large_{settings['variant']}" + ("_quick" if settings["quick"] else "")
+    prefix = f"{path.stem}_{name}"
+    _copy_figures(SHOWN_LARGE, out, path.parent, prefix)
+    recovered = pd.read_parquet(out / "recovery.parquet")
+    columns = [column for column in recovered if column in LARGE_COLUMNS or "highest" in column]
+    with files.write_aside(path.parent / f"{prefix}.csv") as fresh:
+        recovered[columns].to_csv(fresh, index=False, float_format="%.5g")
+    replace_section(
+        path, name, _large(prefix, settings, superposition, table_s5, structure, claims)
+    )
+
+
+def _copy_figures(names: Sequence[str], out: Path, folder: Path, prefix: str) -> None:
+    for figure in names:
+        with files.write_aside(folder / f"{prefix}_{figure}.png") as fresh:
+            shutil.copyfile(out / "figures" / f"{figure}.png", fresh)
 
 
 def replace_section(path: Path, name: str, text: str) -> None:
@@ -77,6 +111,28 @@ def markdown(table: "pd.DataFrame", form: str = "{:.3g}") -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def _given(settings: dict[str, Any]) -> str:
+    """Settings as flags; those at False or not given left out."""
+    words = []
+    for name, value in settings.items():
+        if value is True:
+            words.append(f"--{name}")
+        elif value is not False and value is not None:
+            shown = ",".join(value) if isinstance(value, list) else value
+            words.append(f"--{name}={shown}")
+    return " ".join(words)
+
+
+def _claims(claims: Sequence[Claim]) -> str:
+    import pandas as pd
+
+    table = pd.DataFrame(
+        [[c.paper, c.ours, c.rule, VERDICTS[c.holds]] for c in claims],
+        columns=["the paper", "ours", "rule", "verdict"],
+    )
+    return markdown(table)
+
+
 def _small(
     prefix: str,
     settings: dict[str, Any],
@@ -84,23 +140,13 @@ def _small(
     superposition: "pd.DataFrame",
     claims: Sequence[Claim],
 ) -> str:
-    import pandas as pd
 
-    given = " ".join(
-        f"--{name}" if value is True else f"--{name}={value}"
-        for name, value in settings.items()
-        if value is not False
-    )
     epochs = sorted(results["asked_epochs"].unique())
     lasted = f"{epochs[0]}" if len(epochs) == 1 else f"{epochs[0]} to {epochs[-1]}, by rate"
     rule = {
         "text": "r, and latents of r ≥ .95, as in the text",
         "code": "r of largest |r|, and latents of |r| ≥ .95, as in the authors' code",
     }[settings["variant"]]
-    table = pd.DataFrame(
-        [[c.paper, c.ours, c.rule, VERDICTS[c.holds]] for c in claims],
-        columns=["the paper", "ours", "rule", "verdict"],
-    )
     at_rate = results[(results["learning_rate"] == 1e-4) & (results["status"] == "trained")]
     penalty = at_rate["l1_weight"].where(at_rate["type"] != "TopK", at_rate["k_percent"])
     short = at_rate.assign(penalty=penalty).groupby(["type", "penalty"], sort=False)
@@ -112,9 +158,9 @@ def _small(
     diverged = int((results["status"] != "trained").sum())
     return f"""## Small simulation, settings of the {settings["variant"]}
 
-`python -m experiments.simulation.small {given} --workdir=DIR`: {len(results)} configurations
-({diverged} diverged), {lasted} epochs, batch 128, loss reduced by {settings["reduction"]}.
-Correlations are {rule}, averaged over the variables of a group. All
+`python -m experiments.simulation.small {_given(settings)} --workdir=DIR`: {len(results)}
+configurations ({diverged} diverged), {lasted} epochs, batch 128, loss reduced by
+{settings["reduction"]}. Correlations are {rule}, averaged over the variables of a group. All
 configurations: [{prefix}.csv]({prefix}.csv).
 
 ### Superposition
@@ -129,7 +175,7 @@ where its ReLU has no gradient, and stays there.
 
 ### Claims of section 4.2
 
-{markdown(table)}
+{_claims(claims)}
 
 ### Means over widths, learning rate 1e-4
 
@@ -138,4 +184,70 @@ where its ReLU has no gradient, and stays there.
 ![loss and recovery of the three types]({prefix}_{SHOWN[0]}.png)
 
 ![latents per variable over width]({prefix}_{SHOWN[1]}.png)
+"""
+
+
+def _large(
+    prefix: str,
+    settings: dict[str, Any],
+    superposition: "pd.DataFrame",
+    table_s5: "pd.DataFrame",
+    structure: "pd.DataFrame",
+    claims: Sequence[Claim],
+) -> str:
+    from experiments.simulation import large_saes
+
+    groups = ["validation_loss", "Y", *large_saes.S5_GROUPS]
+    fits = superposition.groupby("name", sort=False)[groups].mean().reset_index()
+    own = structure[structure["latents_of"] == "SAE"].iloc[0]
+    shown = table_s5[["method", "rule", *large_saes.S5_GROUPS]].copy()
+    sae = (shown["method"] == "SAE") & (shown["rule"] != "the paper")
+    shown = shown.astype(dict.fromkeys(large_saes.S5_GROUPS, object))
+    for group in large_saes.S5_GROUPS:
+        errors = zip(
+            table_s5.loc[sae, group], table_s5.loc[sae, f"sem:{group}"],
+            table_s5.loc[sae, f"sem_seeds:{group}"], strict=True,
+        )  # fmt: skip
+        shown.loc[sae, group] = [f"{r:.2f} ± {a:.2f} (± {b:.3f})" for r, a, b in errors]
+    return f"""## Large simulation, settings of the {settings["variant"]}
+
+`python -m experiments.simulation.large {_given(settings)} --workdir=DIR`: {settings["cells"]:,}
+cells of {settings["genes"]:,} genes (the paper: 100,000 of 20,000), a tenth of them held out; all
+numbers are of these. All dictionaries: [{prefix}.csv]({prefix}.csv).
+
+### Superposition
+
+R² of least squares from the latents of each autoencoder, means over seeds.
+
+{markdown(fits, "{:.3f}")}
+
+![R² over validation loss]({prefix}_{SHOWN_LARGE[0]}.png)
+
+![the same by latents, depth and width]({prefix}_{SHOWN_LARGE[1]}.png)
+
+### Claims of sections 4.1, 4.3 and 6
+
+{_claims(claims)}
+
+### Table S5
+
+Highest correlation of a feature with each variable, mean over variables: r; |r|; and r of the
+largest |r|, as in the authors' code, where opposite signs cancel. SAEs: mean over scaling factors ±
+standard error over them, as in the paper (± over seeds). Of autoencoder
+{table_s5["autoencoder"].iloc[-1]}.
+
+{markdown(shown, "{:.2f}")}
+
+### Structure
+
+Of one dictionary: {own["autoencoder"]}, scaling {own["scaling"]:g}, L1 weight {own["l1_weight"]:g},
+learning rate {own["learning_rate"]:g}, {own["active"]:g} active latents (the paper: 150-2-wide,
+100, 0.001, 1e-05, 11849). `coverage` and `median` are of X'' that some latent is matched with
+(`matched`); `share`: of all genes, that the covering latents are connected to; `significant`: of
+the latents, by a binomial test. The others are mean coverages where there is nothing to find: M
+with its genes permuted, the activations of other cells, the dictionary before training.
+
+{markdown(large_saes.summary(structure), "{:.2f}")}
+
+![recovery and structure]({prefix}_{SHOWN_LARGE[2]}.png)
 """
