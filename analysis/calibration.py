@@ -2,23 +2,23 @@
 
 Genes are co-expressed, and a Mann-Whitney test takes them for independent: with activations
 permuted over the cells it still finds sets. Here its z, or any other statistic, is standardised,
-for each term, by the mean and the standard deviation that permuted features of as many high cells
-have. Terms share genes and the statistic is no normal deviate, least of all for few high cells; so
-deviates are then divided by what it takes that at most one in fifty of the permuted features itself
-would be named at q < .05: others, which it has not seen, are then below one in twenty.
+for each term, by the mean and the standard deviation that permuted features have of as many high
+and as many silent cells. Terms share genes and the statistic is no normal deviate, least of all for
+few high cells; so deviates are then divided by what it takes that at most one in fifty of the
+permuted features itself would be named at q < .05: others, which it has not seen, are then below
+one in twenty.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
 from scipy import sparse, special
 
-from analysis import nulls
-from analysis.features import as_columns
+from analysis.groups import Groups
 from sae_jax import files
 from sae_jax.errors import InputError
 
@@ -30,33 +30,37 @@ NAMED = 0.02  # share of the permuted features that may be named at it
 class Calibration:
     """Of a statistic under permutation.
 
-    n_high: number of high cells that each bin stands for, rising [bins].
+    n_cells: of all.
+    n_active: active cells of the permuted features of each bin, rising [bins].
     mean, sd: of the statistic [bins, terms].
     inflation: by which deviates are divided, at least 1 [bins].
     n_null: permuted features in each bin.
     """
 
-    n_high: np.ndarray
+    n_cells: int
+    n_active: np.ndarray
     mean: np.ndarray
     sd: np.ndarray
     inflation: np.ndarray
     n_null: int
 
     @classmethod
-    def of_null(cls, n_high: np.ndarray, null: np.ndarray) -> Calibration:
+    def of_null(cls, n_cells: int, n_active: np.ndarray, null: np.ndarray) -> Calibration:
         """From the statistic of permuted features [bins, features, terms]."""
         return cls(
-            n_high=n_high, mean=null.mean(axis=1), sd=null.std(axis=1, ddof=1),
-            inflation=np.array([_inflation(some) for some in null]), n_null=null.shape[1],
+            n_cells=n_cells, n_active=n_active, mean=null.mean(axis=1),
+            sd=null.std(axis=1, ddof=1), inflation=np.array([_inflation(some) for some in null]),
+            n_null=null.shape[1],
         )  # fmt: skip
 
-    def deviates(self, z: np.ndarray, n_high: np.ndarray) -> np.ndarray:
+    def deviates(self, z: np.ndarray, n_active: np.ndarray) -> np.ndarray:
         """The statistic z [features, terms] standardised: Student's t with n_null - 1 degrees.
 
-        Between bins mean and sd are interpolated in the logarithm of n_high [features]; beyond
-        them the nearest bin's hold. NaN stays NaN.
+        Between bins mean, sd and inflation are interpolated in the log odds of n_active [features]
+        to the silent cells: the percentile makes both groups' sizes of it. Beyond the bins the
+        nearest one's hold. NaN stays NaN.
         """
-        at, grid = np.log(np.maximum(n_high, 1)), np.log(self.n_high)
+        at, grid = self._log_odds(n_active), self._log_odds(self.n_active)
         right = np.clip(np.searchsorted(grid, at), min(1, len(grid) - 1), len(grid) - 1)
         left = np.maximum(right - 1, 0)
         width = np.where(right > left, grid[right] - grid[left], 1.0)
@@ -69,6 +73,10 @@ class Calibration:
         spread = sd * np.sqrt(1 + 1 / self.n_null) * between(self.inflation[:, None])
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.where(sd > 0, (z - mean) / spread, np.nan)
+
+    def _log_odds(self, n_active: np.ndarray) -> np.ndarray:
+        n = np.clip(n_active, 0.5, self.n_cells - 0.5)
+        return np.log(n / (self.n_cells - n))
 
     def log_p(self, deviates: np.ndarray) -> np.ndarray:
         """Two-sided -log10 p of deviates [features, terms], float64."""
@@ -83,10 +91,10 @@ class Calibration:
 
 
 def permuted(
-    activations: sparse.csr_matrix,
+    n_cells: int,
     n_high: np.ndarray,
-    usable: np.ndarray,
-    statistic: Callable[[sparse.csr_matrix], np.ndarray],
+    n_active: np.ndarray,
+    statistic: Callable[[Groups], np.ndarray],
     *,
     bins: int = 6,
     per_bin: int = 300,
@@ -94,45 +102,56 @@ def permuted(
     seed: int = 0,
     run: Callable[..., Iterable[np.ndarray]] = map,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Permute features of like group size: what statistics say where there is nothing to say.
+    """Groups of cells drawn at random: what a statistic says where there is nothing to say.
+
+    Only the sizes of the features' groups matter, neither their order nor their cells.
 
     Args:
-      activations: [cells, features].
-      n_high: high cells of each feature [features].
-      usable: whether a feature has cells enough to be named [features]; the sizes of these are
-        those that matter.
-      statistic: activations of some features -> [features, terms].
-      bins: numbers of high cells, quantiles of `n_high`, at which it is done.
-      per_bin: permuted features a bin, drawn from those nearest to it.
+      n_high, n_active: high and active cells of the features that can be named [features].
+      statistic: groups of some features -> [features, terms].
+      bins: numbers of active cells at which it is done, from the least to the most frequent
+        feature at even quantiles; equal ones once.
+      per_bin: features drawn at each.
       block: of these at once.
       run: `map`, or one that works in threads and keeps the order.
 
     Returns:
-      The numbers of high cells [bins], and the statistic [bins, per_bin, terms]: for
+      The numbers of active cells [bins], and the statistic [bins, per_bin, terms]: for
       `Calibration.of_null`.
 
     Raises:
-      InputError: fewer than 30 features a bin, or no usable feature.
+      InputError: fewer than 30 features a bin, or no feature.
     """
     if per_bin < 30:
         raise InputError(f"per_bin={per_bin}: at least 30 permuted features give a variance.")
-    usable = np.flatnonzero(usable)
-    if not usable.size:
+    if not len(n_active):
         raise InputError("no feature has cells enough: there is nothing to permute.")
-    quantiles = (np.arange(bins) + 0.5) / bins
-    centres = np.unique(np.quantile(n_high[usable], quantiles, method="nearest"))
-    nearest = np.abs(np.log(n_high[usable])[:, None] - np.log(centres)[None, :]).argmin(axis=1)
+    sizes = np.unique(np.quantile(n_active, np.linspace(0, 1, bins), method="nearest"))
     rng = np.random.default_rng(seed)
-    columns = as_columns(activations)
 
-    def blocks() -> Iterator[sparse.csr_matrix]:
-        for i in range(len(centres)):
-            chosen = rng.choice(usable[nearest == i], per_bin)
+    def blocks() -> Iterator[Groups]:
+        for size in sizes:
+            high = int(np.median(n_high[n_active == size]))
             for start in range(0, per_bin, block):
-                yield nulls.permuted_cells(columns[:, chosen[start : start + block]], rng)
+                yield _random_groups(n_cells, size, high, min(block, per_bin - start), rng)
 
-    found = np.concatenate(list(run(statistic, blocks()))).reshape(len(centres), per_bin, -1)
-    return centres, found
+    found = np.concatenate(list(run(statistic, blocks()))).reshape(len(sizes), per_bin, -1)
+    return sizes, found
+
+
+def _random_groups(
+    n_cells: int, n_active: int, n_high: int, features: int, rng: np.random.Generator
+) -> Groups:
+    cells = [rng.choice(n_cells, n_active, replace=False) for _ in range(features)]
+    high = np.concatenate([np.arange(n_active) < n_high] * features)
+    indptr = np.arange(features + 1) * n_active
+    shape = (features, n_cells)
+    top = sparse.csr_array((high, np.concatenate(cells), indptr), shape=shape)
+    top.sort_indices()
+    active = sparse.csr_array((np.ones_like(top.data), top.indices, top.indptr), shape=shape)
+    top = top.copy()
+    top.eliminate_zeros()
+    return Groups(high=top, active=active)
 
 
 def _inflation(null: np.ndarray) -> float:
@@ -168,8 +187,7 @@ def load(path: str | Path) -> dict[str, Calibration]:
     """What `save` wrote."""
     stored = np.load(path)
     tests = {name.split("/")[0] for name in stored}
-    fields = ("n_high", "mean", "sd", "inflation")
     return {
-        test: Calibration(*(stored[f"{test}/{f}"] for f in fields), int(stored[f"{test}/n_null"]))
+        test: Calibration(**{f.name: stored[f"{test}/{f.name}"][()] for f in fields(Calibration)})
         for test in tests
     }

@@ -410,7 +410,7 @@ def compare(
     Args:
         values: [cells] or [cells, columns], dense (NaN for a cell without a value) or sparse.
         high: boolean mask [features, cells], dense or sparse.
-        low: likewise. Or give `active`, and low is every cell that is not active (`differential.
+        low: likewise. Or give `active`, and low is every cell that is not active (`groups.
             top_cells` gives both masks): all less the active ones, with no dense mask.
         threshold: of alpha, in the units of the values; the paper's 0.05 would call nothing in
             shares of a few per cent significant, so choose it for the values.

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 from scipy import sparse, special, stats
 
 from analysis import kernels
-from analysis.features import Matrix
+from analysis.features import Matrix, as_booleans
 from sae_jax.errors import InputError
 
 
@@ -262,7 +262,7 @@ def matched_overlap(selected: Matrix, membership: Matrix, strata: ArrayLike) -> 
     Args:
         selected: boolean [features, genes], dense or sparse.
         membership: 0 or 1 [terms, genes], dense or sparse.
-        strata: integer [genes], from 0; genes of one stratum are taken for exchangeable.
+        strata: integer [genes]; genes of one stratum are taken for exchangeable.
 
     Raises:
         InputError: if shapes or types do not fit.
@@ -271,6 +271,7 @@ def matched_overlap(selected: Matrix, membership: Matrix, strata: ArrayLike) -> 
     strata = np.asarray(strata)
     if strata.shape != (selected.shape[1],) or not np.issubdtype(strata.dtype, np.integer):
         raise InputError(f"strata have shape {strata.shape}: give one integer per gene.")
+    strata = np.unique(strata, return_inverse=True)[1]
     one_hot = sparse.csr_array(
         (np.ones(strata.size), strata, np.arange(strata.size + 1)),
         shape=(strata.size, int(strata.max()) + 1),
@@ -298,11 +299,8 @@ def strata_of_rank(values: ArrayLike, size: int = 100) -> np.ndarray:
 
 def _selection(selected: Matrix, membership: Matrix) -> tuple[sparse.csr_array, sparse.csr_array]:
     """Selected genes and membership as float64 CSR, checked."""
-    if not sparse.issparse(selected):
-        selected = np.asarray(selected)
+    selected = as_booleans("selected", selected)
     membership = _membership(membership, "selected", selected)
-    if selected.dtype != bool:
-        raise InputError(f"selected is {selected.dtype}: give booleans, for example q < 0.05.")
     return sparse.csr_array(selected).astype(np.float64), membership
 
 
@@ -381,6 +379,7 @@ class LogQ:
 
 def _membership(membership: Matrix, name: str, table: Matrix) -> sparse.csr_array:
     """Membership as float64 CSR, checked against the table [features, genes] called `name`."""
+    membership = membership if sparse.issparse(membership) else np.asarray(membership)
     if np.ndim(table) != 2 or np.ndim(membership) != 2 or table.shape[1] != membership.shape[1]:
         raise InputError(
             f"{name} has shape {np.shape(table)} and membership {np.shape(membership)}: give "

@@ -54,6 +54,29 @@ def _first(columns: sparse.csc_array, bad: np.ndarray) -> tuple[int, int]:
     return int(columns.indices[entry]), int(np.searchsorted(columns.indptr, entry, "right")) - 1
 
 
+def as_booleans(name: str, values: Matrix) -> Matrix:
+    """A checked copy, boolean: of a matrix dense, or CSR that stores True only.
+
+    Args:
+        name: what to call it in an error.
+        values: booleans, or numbers that are 0 and 1 only; dense (an array, a list, a table) or
+            sparse.
+
+    Raises:
+        InputError: for anything else.
+    """
+    dense = None if sparse.issparse(values) else np.asarray(values)
+    stored = values.data if dense is None else dense
+    if stored.dtype != bool and not (stored.dtype.kind in "iuf" and np.isin(stored, (0, 1)).all()):
+        raise InputError(f"{name} is {stored.dtype}: give booleans, for example activations > 0.")
+    if dense is not None:
+        return dense.astype(bool)
+    found = sparse.csr_array(values, dtype=bool, copy=True)
+    found.sum_duplicates()
+    found.eliminate_zeros()
+    return found
+
+
 def feature_of_entry(columns: sparse.csc_array) -> np.ndarray:
     """The feature of each stored entry of `columns`, in stored order."""
     return np.repeat(np.arange(columns.shape[1]), np.diff(columns.indptr))

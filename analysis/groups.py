@@ -7,6 +7,7 @@ never become a dense matrix. The low group that needs no mask is every silent ce
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import NamedTuple
@@ -15,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import sparse
 
-from analysis.features import Matrix, as_columns, feature_of_entry
+from analysis.features import Matrix, as_booleans, as_columns, feature_of_entry
 from sae_jax.errors import InputError
 
 
@@ -66,6 +67,12 @@ def top_cells(activations: Matrix, percentile: float = 99.0) -> Groups:
     return _groups(columns, columns.data > threshold[feature])
 
 
+def cells_above(n_cells: int, percentile: float) -> int:
+    """How many of so many different values lie above the percentile of `top_cells`."""
+    # 1e-9: 90 percent of 10 steps are 9 of them, whatever a float says.
+    return n_cells - 1 - math.floor((n_cells - 1) * percentile / 100 + 1e-9)
+
+
 def top_n(activations: Matrix, n: int) -> Groups:
     """The n most active cells of every feature; all active ones if there are fewer than n.
 
@@ -105,21 +112,17 @@ def as_mask(name: str, mask: Matrix, n_cells: int | None = None) -> sparse.csr_a
 
     Args:
         name: what to call the mask in an error.
-        mask: booleans, dense or sparse, of at least one feature.
+        mask: of at least one feature; as in `features.as_booleans`.
         n_cells: how many cells there must be; None for any number.
 
     Raises:
         InputError: if it is not such a mask.
     """
-    if np.ndim(mask) != 2 or mask.shape[0] == 0 or n_cells not in (None, mask.shape[1]):
+    mask = as_booleans(name, mask)
+    if mask.ndim != 2 or mask.shape[0] == 0 or n_cells not in (None, mask.shape[1]):
         cells = "cells" if n_cells is None else f"the {n_cells} cells of the other input"
         raise InputError(f"{name} has shape {np.shape(mask)}: give a mask of features by {cells}.")
-    if mask.dtype != bool:
-        raise InputError(f"{name} is {mask.dtype}: give booleans, for example activations > 0.")
-    mask = sparse.csr_array(mask, copy=True)
-    mask.sum_duplicates()
-    mask.eliminate_zeros()
-    return mask
+    return sparse.csr_array(mask)
 
 
 def within(groups: Groups, cells: ArrayLike) -> Groups:

@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import os
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,7 @@ from scipy import sparse, special
 from tqdm import tqdm
 
 from analysis import calibration, differential, enrichment
+from analysis.blocks import Tables, in_order, slices
 from analysis.cells import Expression
 from analysis.gene_sets import GeneSets
 from analysis.groups import Groups, top_cells
@@ -46,7 +45,8 @@ class Rule:
     """Which cells are high, which genes are relevant, when a term names a feature.
 
     percentile: of all cells; a cell above it is high (Schuster: 99).
-    cells: a feature with fewer high or silent cells is not named.
+    cells: a feature with fewer high or silent cells is not named; nor is one with fewer silent
+      cells than a quarter of its high ones.
     gene_q, fold_change, fallback_p: relevant are genes of Benjamini-Hochberg q below the first and
       a fold change of mean counts of at least the second; where there are none, those of p below
       the third (Schuster A.3.7's two stages; None: no second stage).
@@ -65,6 +65,10 @@ class Rule:
     pseudocount: float = 1.0
     naming: str = "change"
     term_q: float = 0.05
+
+    def testable(self, n_high: np.ndarray, n_low: np.ndarray) -> np.ndarray:
+        """Whether groups of these sizes can name a feature."""
+        return (n_high >= self.cells) & (n_low >= np.maximum(self.cells, n_high / 4))
 
 
 @dataclass(eq=False)
@@ -100,7 +104,7 @@ class Lens:
 
     def testable(self) -> np.ndarray:
         """[features]: whether there are cells enough on both sides to name a feature."""
-        return (self.n_high >= self.rule.cells) & (self.n_low >= self.rule.cells)
+        return self.rule.testable(self.n_high, self.n_low)
 
     def log_q(self, test: str, rows: slice = slice(None)) -> np.ndarray:
         """-log10 q over the terms of each feature, of some features."""
@@ -118,7 +122,7 @@ class Lens:
         """[features, terms] bool: q below the rule's on one side, of features with cells enough."""
         test = test or self.naming
         found = np.zeros(self.auc.shape, bool)
-        for rows in _slices(len(found), 256):
+        for rows in slices(len(found), 256):
             found[rows] = self.log_q(test, rows) > -np.log10(self.rule.term_q)
             found[rows] &= self.side(test, rows) != 0
         return found & self.testable()[:, None]
@@ -152,7 +156,7 @@ class Lens:
         return pd.concat(
             [
                 self._best(part, side, most, test)
-                for part in _slices(len(self.auc), 256)
+                for part in slices(len(self.auc), 256)
                 for side in ("up", "down")
             ]
         ).sort_values("feature", kind="stable", ignore_index=True)
@@ -204,7 +208,7 @@ def annotate(
     Args:
       expression: of the same cells, in the same order.
       sets: over the genes of `expression`, in the same order.
-      null_features: permuted features for each of `bins` group sizes; 0: no calibration.
+      null_features: permuted features for each of `bins` sizes of groups; 0: no calibration.
       seed: of the permutations.
       matched: whether to make the test within strata of like expression.
       top_genes: genes of a feature that are kept, those of the largest |t|.
@@ -230,7 +234,7 @@ def annotate(
     made = {test: bool(null_features) or test in known for test in CALIBRATED}
     made["matched"] = matched
     tests = [test for test in TESTS if made.get(test, True)]
-    tables = _Tables(n_features, n_terms, len(tests), memory_bytes)
+    tables = Tables((n_features, n_terms), len(tests) + 7, memory_bytes)
     log_p = {test: tables.new() for test in tests}
     auc, deviate, change, fold = (tables.new() for _ in range(4))
     hits = tables.new(np.int32)
@@ -243,7 +247,7 @@ def annotate(
         welch = prepared.welch(part, rule.pseudocount)
         gene_q = enrichment.benjamini_hochberg(welch.p, axis=1)
         chosen = relevant(welch, gene_q, rule)
-        ranked = enrichment.mann_whitney(_scores(welch), sets.membership)
+        ranked = enrichment.mann_whitney(welch.scores(), sets.membership)
         fisher = enrichment.hypergeometric(chosen, sets.membership)
         log_p["mann_whitney"][rows] = two_sided(ranked.z)
         log_p["fisher"][rows] = _log(fisher.p)
@@ -259,31 +263,36 @@ def annotate(
         tops[rows.start // block] = _top(welch, gene_q, expression.genes, rows.start, top_genes)
 
     def mean_change(welch: differential.Welch) -> np.ndarray:
-        return (mean_of_set @ np.nan_to_num(welch.moderated_d(prepared.typical_sd)).T).T
+        found = (mean_of_set @ np.nan_to_num(welch.moderated_d(prepared.typical_sd)).T).T
+        found[np.minimum(welch.n_high, welch.n_low) < 2] = np.nan
+        return found
 
-    def statistics(activations: sparse.csr_matrix) -> np.ndarray:
-        welch = prepared.welch(top_cells(activations, rule.percentile), rule.pseudocount)
-        z = enrichment.mann_whitney(_scores(welch), sets.membership).z
+    def statistics(drawn: Groups) -> np.ndarray:
+        welch = prepared.welch(drawn, rule.pseudocount)
+        z = enrichment.mann_whitney(welch.scores(), sets.membership).z
         return np.concatenate([mean_change(welch), z], axis=1)
 
-    workers = workers or len(os.sched_getaffinity(0))
+    # A thread holds some twenty tables [block, genes] of float64.
+    fitting = memory_bytes // (20 * 8 * block * len(expression.genes))
+    workers = workers or max(1, min(len(os.sched_getaffinity(0)), fitting))
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         bar = tqdm(total=n_features, unit=" features", disable=not progress, desc="features")
-        for _ in _in_order(pool, test, _slices(n_features, block), workers):
+        for _ in in_order(pool, test, slices(n_features, block), workers):
             bar.update(min(block, n_features - bar.n))
         bar.close()
-        testable = (n_high >= rule.cells) & (n_low >= rule.cells)
+        testable = rule.testable(n_high, n_low)
+        n_active = z.shape[0] - n_low
         if not known and null_features and testable.any():
             sizes, null = calibration.permuted(
-                z, n_high, testable, statistics, bins=bins, per_bin=null_features, block=block,
-                seed=seed,
+                z.shape[0], n_high[testable], n_active[testable], statistics, bins=bins,
+                per_bin=null_features, block=block, seed=seed,
                 run=lambda work, some: tqdm(
-                    _in_order(pool, work, some, workers), desc="permuted", unit=" blocks",
+                    in_order(pool, work, some, workers), desc="permuted", unit=" blocks",
                     disable=not progress,
                 ),
             )  # fmt: skip
             known = {
-                test: calibration.Calibration.of_null(sizes, part)
+                test: calibration.Calibration.of_null(z.shape[0], sizes, part)
                 for test, part in zip(CALIBRATED, np.split(null, 2, axis=2), strict=True)
             }
     deviates = {}
@@ -294,8 +303,9 @@ def annotate(
             table[:] = log_p[test][:] = np.nan
             continue
         moments = known[test]
-        for rows in _slices(n_features, 256):
-            some = moments.deviates(statistic[rows].astype(np.float64), n_high[rows])
+        for rows in slices(n_features, 256):
+            some = moments.deviates(statistic[rows].astype(np.float64), n_active[rows])
+            some[~testable[rows]] = np.nan  # no bin is like them
             table[rows], log_p[test][rows] = some, moments.log_p(some)
     lens = Lens(
         terms=list(sets.names), sizes=np.asarray(sets.membership.sum(axis=1), int).ravel(),
@@ -305,6 +315,11 @@ def annotate(
         _folder=tables.folder,
     )  # fmt: skip
     return lens, known
+
+
+def feature_names(latents: np.ndarray) -> np.ndarray:
+    """feature_17 for latent 17."""
+    return np.asarray([f"feature_{latent}" for latent in latents], object)
 
 
 def relevant(welch: differential.Welch, gene_q: np.ndarray, rule: Rule) -> np.ndarray:
@@ -325,18 +340,34 @@ def two_sided(z: np.ndarray) -> np.ndarray:
     return -(special.log_ndtr(-np.abs(z)) + np.log(2)) / np.log(10)
 
 
-def write(lens: Lens, names: np.ndarray, path: str | Path, block: int = 64) -> None:
+def write(
+    lens: Lens,
+    names: np.ndarray,
+    path: str | Path,
+    block: int = 64,
+    memory_bytes: int = 4 << 30,
+) -> None:
     """The long table as parquet, one row per feature and term, a block of features at a time.
 
     Columns: feature, term, size, hits, fold, change, change_z, auc, z, calibrated_z, and for each
-    test log10_p_<test>, log10_q_<test> (over the feature's terms) and log10_q_all_<test> (over the
-    whole table), all of them -log10.
+    test log10_p_<test>, log10_q_<test> (over the feature's terms) and log10_q_all_<test> (over
+    all terms of all testable features; NaN for the others), all of them -log10.
     """
-    everywhere = {test: enrichment.LogQ.over(table) for test, table in lens.log_p.items()}
+    testable = np.flatnonzero(lens.testable())
+    tables = Tables(lens.auc.shape, len(lens.log_p) + 2, memory_bytes)
+    everywhere = {}
+    for test, table in lens.log_p.items():
+        everywhere[test] = tables.new()
+        everywhere[test][:] = np.nan
+        if testable.size:
+            corrected = enrichment.LogQ.over(table[testable])
+            for part in slices(len(testable), 256):
+                rows = testable[part]
+                everywhere[test][rows] = corrected(table[rows])
     names, terms = pa.array(list(names)), pa.array(lens.terms)
     writer = None
     with files.write_aside(path) as fresh:
-        for rows in _slices(len(lens.auc), block):
+        for rows in slices(len(lens.auc), block):
             count, n_terms = lens.auc[rows].shape
             feature = np.repeat(np.arange(rows.start, rows.start + count, dtype=np.int32), n_terms)
             term = np.tile(np.arange(n_terms, dtype=np.int32), count)
@@ -351,7 +382,7 @@ def write(lens: Lens, names: np.ndarray, path: str | Path, block: int = 64) -> N
             for test, table in lens.log_p.items():
                 columns[f"log10_p_{test}"] = table[rows].ravel()
                 columns[f"log10_q_{test}"] = lens.log_q(test, rows).astype(np.float32).ravel()
-                columns[f"log10_q_all_{test}"] = everywhere[test](table[rows]).ravel()
+                columns[f"log10_q_all_{test}"] = everywhere[test][rows].ravel()
             table = pa.table(columns)
             if writer is None:
                 writer = pq.ParquetWriter(
@@ -361,11 +392,6 @@ def write(lens: Lens, names: np.ndarray, path: str | Path, block: int = 64) -> N
             writer.write_table(table)
         if writer is not None:
             writer.close()
-
-
-def _scores(welch: differential.Welch) -> np.ndarray:
-    """Rounded, or equal statistics that differ in their last bits would be ranked by noise."""
-    return np.nan_to_num(np.round(welch.t, 9), nan=0.0)
 
 
 def _log(p: np.ndarray) -> np.ndarray:
@@ -401,43 +427,6 @@ def _top(
     return found[found["t"].notna()]
 
 
-class _Tables:
-    """Arrays [features, terms], in memory or in files that go when the last user does."""
-
-    def __init__(self, features: int, terms: int, tests: int, memory_bytes: int) -> None:
-        self.shape, self.count, self.folder = (features, terms), 0, None
-        if features * terms * 4 * (tests + 7) > memory_bytes:
-            self.folder = tempfile.TemporaryDirectory(prefix="sae-jax-lens-")
-
-    def new(self, dtype: type = np.float32) -> np.ndarray:
-        if self.folder is None:
-            return np.full(self.shape, 0, dtype)
-        self.count += 1
-        path = Path(self.folder.name) / str(self.count)
-        return np.memmap(path, dtype, "w+", shape=self.shape)
-
-
-def _slices(length: int, size: int) -> Iterator[slice]:
-    for start in range(0, length, size):
-        yield slice(start, min(start + size, length))
-
-
-def _in_order(
-    pool: concurrent.futures.Executor,
-    work: Callable[[Any], Any],
-    items: Iterable[Any],
-    ahead: int,
-) -> Iterator[Any]:
-    """`map` in threads that takes no more than a few items ahead of what it has given."""
-    waiting: list[concurrent.futures.Future] = []
-    for item in items:
-        waiting.append(pool.submit(work, item))
-        if len(waiting) > ahead:
-            yield waiting.pop(0).result()
-    for future in waiting:
-        yield future.result()
-
-
 def _check(z: Any, expression: Expression, sets: GeneSets, rule: Rule) -> None:
     if z.shape[0] != expression.x.shape[0]:
         raise InputError(
@@ -449,5 +438,7 @@ def _check(z: Any, expression: Expression, sets: GeneSets, rule: Rule) -> None:
         raise InputError(
             f"{expression.x.shape[1]} genes are no universe to test sets in; give 100 or more"
         )
+    if rule.naming not in TESTS:
+        raise InputError(f"naming={rule.naming!r} must be one of {', '.join(TESTS)}")
     if rule.direction not in DIRECTIONS:
         raise InputError(f"direction={rule.direction!r} must be one of {', '.join(DIRECTIONS)}")

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import anndata
 import numpy as np
@@ -23,14 +23,8 @@ import pandas as pd
 from scipy import sparse
 
 from analysis import cells, characterisation, gene_sets, lens
+from analysis.steering import Codebook
 from sae_jax.errors import InputError
-
-
-class Codebook(Protocol):
-    """A dictionary, such as `sae_jax.Dictionary`."""
-
-    def encode(self, x: np.ndarray, sparse: bool = False) -> Any:
-        """Codes [cells, latents] of embedding rows [cells, d]."""
 
 
 def encode(
@@ -76,7 +70,7 @@ def characterise(
     if missing := [name for name in technical if name not in adata.obs]:
         raise InputError(f"obs has no {', '.join(missing)}")
     table = characterisation.summary(z, labels, adata.obs[list(technical)])
-    table.index = _names(found["latents"])
+    table.index = lens.feature_names(found["latents"])
     found["features"] = table
     return table
 
@@ -90,6 +84,7 @@ def annotate(
     gene_symbols: str | None = None,
     min_size: int = 20,
     max_size: int = 500,
+    gene_table: str | Path | None = None,
     rule: lens.Rule | None = None,
     key: str = "sae",
     **options: Any,
@@ -102,6 +97,7 @@ def annotate(
 
     Args:
       sets: what `gene_sets.load` reads, or gene sets over the genes of `cells.expression`.
+      min_size, max_size, gene_table: as in `gene_sets.load`.
       expression_is, source, gene_symbols: as `kind`, `source`, `symbols` of `cells.expression`.
       options: of `lens.annotate`: `null_features`, `seed`, `top_genes`, `memory_bytes`, ...
 
@@ -114,9 +110,12 @@ def annotate(
     z, found = _encoded(adata, key)
     expression = cells.expression(adata, source, expression_is, gene_symbols)
     if not isinstance(sets, gene_sets.GeneSets):
-        sets = gene_sets.load(sets, expression.genes, min_size, max_size)
+        sets = gene_sets.load(
+            sets, expression.genes, min_size, max_size, gene_table=gene_table,
+            min_universe=gene_sets.MIN_UNIVERSE,
+        )  # fmt: skip
     annotated, _ = lens.annotate(z, expression, sets, rule, **options)
-    names = _names(found["latents"])
+    names = lens.feature_names(found["latents"])
     for name, table in {"genes": annotated.top, "terms": annotated.best()}.items():
         columns = {"feature": pd.Categorical(names[table["feature"]], categories=names)}
         found[name] = table.assign(**columns).reset_index(drop=True)
@@ -137,7 +136,7 @@ def features(adata: anndata.AnnData, *, key: str = "sae") -> anndata.AnnData:
       InputError: `encode` was not run.
     """
     z, found = _encoded(adata, key)
-    names = _names(found["latents"])
+    names = lens.feature_names(found["latents"])
     var = pd.DataFrame({"latent": found["latents"]}, index=names)
     if "features" in found:
         var = var.join(found["features"])
@@ -162,8 +161,3 @@ def _encoded(adata: anndata.AnnData, key: str) -> tuple[sparse.csr_matrix, dict[
     if f"X_{key}" not in adata.obsm or "latents" not in adata.uns.get(key, {}):
         raise InputError(f"there are no activations under {key!r}: run tl.encode first")
     return sparse.csr_matrix(adata.obsm[f"X_{key}"]), adata.uns[key]
-
-
-def _names(latents: np.ndarray) -> np.ndarray:
-    """feature_17 for latent 17."""
-    return np.asarray([f"feature_{latent}" for latent in latents], object)

@@ -7,8 +7,8 @@ Schuster's section 5. The dictionary is a saved one (--dictionary), or trained h
 vanilla, 10,000 latents, rate 1e-4, batch 128, 500 epochs. For every live feature: activity,
 local or global (eq. 8), the label it tells best, technical associations (--technical), genes that
 differ between its high cells (above the 99th percentile) and all silent ones, gene sets by six
-tests. `change` names features: the mean log2 fold change of a term's genes, standardised by what
-permuted features of like size have; `calibrated` is Mann-Whitney's z treated alike. Beside the
+tests. `change` names features: the mean change of a term's genes, standardised by what permuted
+features of like size have; `calibrated` is Mann-Whitney's z treated alike. Beside the
 share of features that each names stands what the same pipeline names when there is nothing to find
 (nulls.csv).
 
@@ -19,12 +19,14 @@ Each stage leaves its files and is not done again with --resume. Zheng's 3,774 c
 import json
 import math
 import time
+import zipfile
 from pathlib import Path
 
 import anndata
 import numpy as np
 import pandas as pd
 from absl import flags, logging
+from pyarrow import parquet
 from scipy import sparse
 
 import sae_jax
@@ -33,11 +35,11 @@ from analysis import (
     characterisation,
     feature_space,
     gene_sets,
+    groups,
     lens,
     nulls,
     ontology,
 )
-from analysis.groups import top_cells
 from experiments import cli, feature_lens_figures, feature_lens_page, folders
 from experiments import inputs as reading
 from experiments.inputs import Inputs
@@ -61,6 +63,10 @@ FILES = {
     "dictionary": "cfg.json, sae_weights.safetensors, where it was trained here",
 }
 COUNTS = ("n_high", "n_low", "n_relevant", "testable", "paper_annotated")  # in named.npz
+ANNOTATION = (
+    "enrichment.parquet", "genes.parquet", "top_terms.parquet", "calibration.npz", "named.npz"
+)  # fmt: skip
+SHOWN = ("top", "words", "highlight", "top_level", "memory_gib")
 KEPT = ("training", "calibration.npz", "named.npz")
 
 
@@ -114,20 +120,28 @@ def main() -> None:
             f"{inputs.embedding.shape[1]}"
         )
     z, live = (None, None) if dictionary is None else activations(dictionary, inputs)
+    check_highlight(live)
+    read = ("gene_sets", "obo", "gene_table", "embedding", "dictionary", "top_level")
+    settings = inputs.settings | {
+        "contents": folders.contents(
+            [inputs.settings["h5ad"], *(FLAGS[name].value for name in read)]
+        )
+    }
     with workdir.locked(out):
-        folders.claim(out, SETTINGS, inputs.settings, (*FILES, *KEPT))
+        folders.claim(out, SETTINGS, settings, (*FILES, *KEPT), SHOWN)
 
         # 2. The dictionary and its features.
         if dictionary is None:
             dictionary = trained(inputs, out)
             z, live = activations(dictionary, inputs)
+            check_highlight(live)
         logging.info("%d of %d features are live", len(live), dictionary.config.n_latents)
 
         # 3. Genes and terms of every feature, and the rate of naming by chance.
-        if not (out / "named.npz").exists():
+        if not all(readable(out / name) for name in ANNOTATION):
             annotate(z, live, inputs, rule, out)
         named, terms = read_named(out)
-        if not (out / "nulls.csv").exists():
+        if not readable(out / "nulls.csv"):
             write_csv(null_rates(dictionary, z, inputs, rule, out), out / "nulls.csv")
 
         # 4. What each feature is, the map of all, the page.
@@ -157,11 +171,36 @@ def check_flags() -> None:
             raise InputError(f"--{name}={FLAGS[name].value} must be a finite number")
 
 
+def check_highlight(live: np.ndarray | None) -> None:
+    """Refuse features to mark that are not live (None: not known yet)."""
+    names = set() if live is None else set(lens.feature_names(live))
+    if names and (missing := [name for name in FLAGS.highlight or [] if name not in names]):
+        raise InputError(
+            f"--highlight: {', '.join(missing)} is no live feature; one is {min(names)}"
+        )
+
+
+def readable(path: Path) -> bool:
+    """Whether a file of ours is there and whole; a damaged one is made again."""
+    try:
+        if path.suffix == ".parquet":
+            parquet.read_metadata(path)
+        elif path.suffix == ".npz":
+            np.load(path)
+        else:
+            return path.read_text().endswith("\n") and len(pd.read_csv(path).columns) > 1
+    except (OSError, ValueError, zipfile.BadZipFile):  # pyarrow's errors are ValueErrors
+        if path.exists():
+            logging.warning("%s cannot be read and is made again", path)
+        return False
+    return True
+
+
 def check_cells(n_cells: int, rule: lens.Rule) -> None:
     """Refuse a percentile above which too few cells lie to name any feature."""
-    high = int(n_cells * (1 - rule.percentile / 100))
+    high = groups.cells_above(n_cells, rule.percentile)
     if high < rule.cells:
-        enough = math.floor(100 * (1 - rule.cells / n_cells))
+        enough = math.floor(100 * (1 - (rule.cells + 1) / n_cells))
         raise InputError(
             f"--percentile={rule.percentile:g} leaves {high} of {n_cells} cells high, and a "
             f"feature of fewer than {rule.cells} is not named: "
@@ -176,6 +215,10 @@ def columns_of(obs: pd.DataFrame, flag: str, numeric: bool = False) -> pd.DataFr
         raise InputError(f"--{flag}: obs has no {', '.join(missing)}")
     if numeric and (text := [n for n in names if not pd.api.types.is_numeric_dtype(obs[n])]):
         raise InputError(f"--{flag}: {', '.join(text)} of obs holds no numbers")
+    many = [n for n in names if not numeric and obs[n].dtype.kind not in "biuf"
+            and obs[n].nunique() > max(2, len(obs) / 2)]  # fmt: skip
+    if many:
+        raise InputError(f"--{flag}: {', '.join(many)} of obs names cells, not groups of them")
     return obs[names]
 
 
@@ -227,8 +270,8 @@ def annotate(
         z, inputs.expression, inputs.sets, rule, null_features=FLAGS.null_features,
         seed=FLAGS.seed, memory_bytes=int(FLAGS.memory_gib * 2**30),
     )  # fmt: skip
-    names = feature_names(live)
-    lens.write(found, names, out / "enrichment.parquet")
+    names = lens.feature_names(live)
+    lens.write(found, names, out / "enrichment.parquet", memory_bytes=int(FLAGS.memory_gib * 2**30))
     for name, table in {"genes": found.top, "top_terms": found.best()}.items():
         table = table.assign(feature=names[table["feature"]])
         files.write_parquet(out / f"{name}.parquet", table)
@@ -262,11 +305,12 @@ def null_rates(
     out: Path,
 ) -> pd.DataFrame:
     """Share of testable features that each test names: really, and where there is nothing, or no
-    training, behind it. All by the calibration of the real run."""
+    training, behind it. By the calibration of the real run; sets of other genes get their own."""
     known = calibration.load(out / "calibration.npz")
     found = np.load(out / "named.npz")
     rows = [
-        {"features": "the dictionary's"} | dict(zip(found["tests"], found["shares"], strict=True))
+        {"features": feature_lens_page.REAL}
+        | dict(zip(found["tests"], found["shares"], strict=True))
     ]
     rng = np.random.default_rng(FLAGS.seed + 1)
     testable = np.flatnonzero(found["counts"][:, COUNTS.index("testable")])
@@ -279,7 +323,7 @@ def null_rates(
     fresh = fresh[:, np.flatnonzero(fresh.getnnz(axis=0))[: FLAGS.null_sample]]
     means = np.asarray(inputs.expression.x.mean(axis=0)).ravel()
     cases = {
-        "cells permuted": (nulls.permuted_cells(part, FLAGS.seed + 1), sets),
+        feature_lens_page.PERMUTED: (nulls.permuted_cells(part, FLAGS.seed + 1), sets),
         "random gene sets": (part, nulls.random_sets(sets, FLAGS.seed)),
         "genes of like expression": (part, nulls.relabelled_genes(sets, means, FLAGS.seed)),
         "random directions": (nulls.random_directions(x, density, FLAGS.seed), sets),
@@ -290,11 +334,11 @@ def null_rates(
         logging.info("null: %s", name)
         if not activations.nnz:
             continue
-        # The calibration is of real terms; of exchanged ones it says nothing.
-        made = {"known": known if some_sets is sets else {}}
+        of_terms = {"known": known} if some_sets is sets else {}
         null, _ = lens.annotate(
-            activations, inputs.expression, some_sets, rule, null_features=0, progress=False,
-            **made,
+            activations, inputs.expression, some_sets, rule, null_features=FLAGS.null_features,
+            seed=FLAGS.seed + 2, memory_bytes=int(FLAGS.memory_gib * 2**30), progress=False,
+            **of_terms,
         )  # fmt: skip
         rows.append({"features": name} | {test: null.share_named(test) for test in null.log_p})
     return pd.DataFrame(rows)
@@ -310,7 +354,7 @@ def describe(
     out: Path,
 ) -> pd.DataFrame:
     """One row a live feature, by name; written, also as var of the cells' activations."""
-    names = feature_names(live)
+    names = lens.feature_names(live)
     table = characterisation.summary(z, inputs.labels, technical).set_index(names)
     table.insert(0, "latent", live)
     stored = np.load(out / "named.npz")
@@ -345,7 +389,7 @@ def describe(
 def compare_numbers(z: sparse.csr_matrix, numeric: pd.DataFrame, table: pd.DataFrame) -> None:
     """Add, for each column of --numeric, its mean in high and in silent cells with eq. 8's alpha,
     and the feature's trend along it."""
-    high, active = top_cells(z, FLAGS.percentile)
+    high, active = groups.top_cells(z, FLAGS.percentile)
     values = numeric.to_numpy(np.float64, na_value=np.nan)
     found = characterisation.compare(values, high, active=active)
     for i, name in enumerate(numeric):
@@ -388,18 +432,13 @@ def space(
         logging.info("%d features have terms: too few for a map", len(annotated.annotated()))
         return None
     stored = out / "feature_space.parquet"
-    if stored.exists():
+    if readable(stored):
         return pd.read_parquet(stored)[["umap_1", "umap_2"]].to_numpy()
     coordinates = feature_space.plane(annotated, seed=FLAGS.seed)
     frame = pd.DataFrame(coordinates, columns=["umap_1", "umap_2"])
     frame.insert(0, "feature", table.index)
     files.write_parquet(stored, frame)
     return coordinates
-
-
-def feature_names(live: np.ndarray) -> np.ndarray:
-    """feature_17 for latent 17."""
-    return np.asarray([f"feature_{latent}" for latent in live], object)
 
 
 def write_csv(table: pd.DataFrame, path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from absl import flags
 
+from extract import hashing
 from sae_jax import InputError, files, workdir
 
 FLAGS = flags.FLAGS
@@ -39,10 +40,33 @@ def check_workdir(settings_file: str) -> Path:
     return out
 
 
-def claim(out: Path, settings_file: str, settings: dict[str, Any], leaves: Iterable[str]) -> None:
+def contents(paths: Iterable[str | None]) -> dict[str, str]:
+    """SHA-256 of what inputs hold, by path: of a file's bytes, of a folder's names and files.
+
+    Names of online collections and keys of obsm, which are no paths, are left out.
+    """
+    return {str(path): _hash(Path(path)) for path in paths if path and Path(path).exists()}
+
+
+def _hash(path: Path) -> str:
+    if path.is_file():
+        return hashing.sha256(path)
+    inside = sorted(file for file in path.rglob("*") if file.is_file())
+    names = [f"{file.relative_to(path)} {hashing.sha256(file)}" for file in inside]
+    return hashing.names_hash(names)
+
+
+def claim(
+    out: Path,
+    settings_file: str,
+    settings: dict[str, Any],
+    leaves: Iterable[str],
+    shown: Iterable[str] = (),
+) -> None:
     """Make the folder ours: clear what --overwrite replaces (`leaves`), and note the settings.
 
-    What a killed run had begun to write goes, too.
+    What a killed run had begun to write goes, too. `shown` are settings that only say what is
+    shown of results: a run goes on with others.
 
     Raises:
       InputError: --resume, and the folder holds a run of other settings, or damaged ones.
@@ -54,7 +78,8 @@ def claim(out: Path, settings_file: str, settings: dict[str, Any], leaves: Itera
             earlier = dict(json.loads(path.read_text()))
         except (ValueError, TypeError) as error:
             raise InputError(f"{path} is damaged: {error}; use --overwrite") from None
-        if differences := workdir.difference(earlier | IGNORED, settings | IGNORED):
+        ignored = IGNORED | dict.fromkeys(shown)
+        if differences := workdir.difference(earlier | ignored, settings | ignored):
             raise InputError(f"{out} holds a run of other settings:\n  {differences}")
         return
     if FLAGS.overwrite:

@@ -96,6 +96,8 @@ def read(beside: str, min_universe: int = 0) -> Inputs:
     logging.info("%d cells, %d genes; %s", adata.n_obs, len(expression.genes), sets.coverage)
     if embedding is None:
         embedding = cells.pca(expression.x, FLAGS.pca)
+    if not np.ptp(embedding, axis=0).any():
+        raise InputError("the embedding is the same for all cells: there is nothing to learn")
     settings = {
         flag.name: flag.value
         for module in (FLAGS.find_module_defining_flag(name) for name in ("h5ad", beside))

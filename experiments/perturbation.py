@@ -175,15 +175,24 @@ def perturb(
     shift = steering.latent_shift(before, after, target)
     predicted = steering.predict(subject.model, before, after, **subject.of(rows))
     change = steering.expression_shift(predicted, subject.genes, PSEUDOCOUNT).reset_index()
+    if not np.isfinite(predicted.after).all():
+        raise InputError(
+            f"feature {feature} at {level:g}: predictions are not finite; lower --factor"
+        )
     test = paired_test(subject, rows, predicted)
+    if np.isinf(test.effect).any():
+        raise InputError(
+            f"feature {feature} at {level:g} leaves genes without a predicted count: lower --factor"
+        )
     for name in ("effect", "standard_error", "z", "minus_log10_p", "q"):
         change[name] = getattr(test, name)
     others = controls(subject, design, np.setdiff1d(live, [feature]), shift["norm"].to_numpy(),
                       predicted.before, rows, rng)  # fmt: skip
     if len(others):
         change["control_median"] = np.median(others, axis=0)
-        at_least = (others.to_numpy() >= change["log2_fold_change"].to_numpy()).sum(axis=0)
-        change["control_p"] = (1 + at_least) / (1 + len(others))
+        ours, theirs = change["log2_fold_change"].to_numpy(), others.to_numpy()
+        beyond = np.where(ours > 0, theirs >= ours, theirs <= ours).sum(axis=0)
+        change["control_p"] = (1 + beyond) / (1 + len(others))
     terms = enriched(test, subject.sets, design.direction)
     shift.insert(0, "cell", subject.names[rows])
     named = [table.assign(**about) for table in (shift, change, terms)]

@@ -151,7 +151,7 @@ def test_bad_input_is_refused() -> None:
     with pytest.raises(InputError, match="other than 0 and 1"):
         enrichment.mann_whitney(scores, 2 * membership)
     with pytest.raises(InputError, match="give booleans"):
-        enrichment.hypergeometric(scores, membership)
+        enrichment.hypergeometric(scores + 0.5, membership)
     with pytest.raises(InputError, match="alternative='two-sided'"):
         enrichment.hypergeometric(selected, membership, "two-sided")
     with pytest.raises(InputError, match=r"from 0 to 1\.5"):

@@ -161,7 +161,7 @@ def test_bad_input_is_refused() -> None:
     with pytest.raises(InputError, match="seed=-1"):
         groups.low_sample(mask, 1, -1)
     with pytest.raises(InputError, match="give booleans"):
-        groups.low_sample(mask * 1.0)
+        groups.low_sample(mask * 1.5)
     with pytest.raises(InputError, match="give a mask of features by cells"):
         groups.low_sample(mask[0])
     for percentile in (0, 101, np.nan):

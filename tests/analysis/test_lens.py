@@ -84,8 +84,9 @@ def test_every_table_equals_the_tests_made_one_by_one(
         change = d.reshape(TERMS, 20).mean(axis=1)  # sets lie in a row
         np.testing.assert_allclose(found.change[i], change, rtol=1e-4, atol=1e-6)
     for test, statistic in (("change", found.change), ("calibrated", ranked.z)):
-        deviates = known[test].deviates(statistic, welch.n_high)
+        deviates = known[test].deviates(statistic, active.sum(axis=1))
         expected = -np.log10(2 * stats.t.sf(np.abs(deviates), 59))
+        expected[~found.testable()] = np.nan
         np.testing.assert_allclose(found.log_p[test], expected, rtol=1e-5, atol=1e-5)
     for feature, rows in found.top.groupby("feature"):
         best = np.argsort(-np.nan_to_num(np.abs(welch.t[feature]), nan=-1))[: len(rows)]
@@ -129,7 +130,7 @@ def test_blocks_threads_and_files_change_nothing(
     assert isinstance(again.auc, np.memmap) == ("memory_bytes" in options)
 
 
-def test_a_calibration_depends_on_the_seed_alone(
+def test_a_calibration_depends_on_sizes_and_seed_alone(
     made: tuple[lens.Lens, dict[str, calibration.Calibration]],
     z: sparse.csr_matrix, expression: Expression, sets: GeneSets,
 ) -> None:  # fmt: skip
@@ -137,8 +138,12 @@ def test_a_calibration_depends_on_the_seed_alone(
     call = {"null_features": 60, "bins": 2, "progress": False, "workers": 1}
     _, same = lens.annotate(z, expression, sets, RULE, **call)
     _, other = lens.annotate(z, expression, sets, RULE, **call, seed=1)
+    order = np.random.default_rng(0).permutation(FEATURES)
+    _, shuffled = lens.annotate(z[:, order], expression, sets, RULE, **call)
     for test in known:
         np.testing.assert_array_equal(same[test].mean, known[test].mean)
+        np.testing.assert_array_equal(shuffled[test].sd, known[test].sd)
+        np.testing.assert_array_equal(shuffled[test].inflation, known[test].inflation)
         assert np.abs(other[test].mean - known[test].mean).max() > 1e-3
 
 
@@ -150,13 +155,18 @@ def test_no_more_than_one_in_fifty_of_the_permuted_features_is_named(
     rng = np.random.default_rng(seed)
     shared = rng.gamma(2, 1, (60, 1)) * skew
     null = rng.normal(size=(60, 40)) + shared * rng.normal(size=(60, 1))
-    made = calibration.Calibration.of_null(np.array([10.0]), null[None])
+    made = calibration.Calibration.of_null(100, np.array([10]), null[None])
     assert made.inflation[0] >= 1
     named = 0
     for i in range(60):
         others = np.delete(null, i, axis=0)
         alone = calibration.Calibration(
-            made.n_high, others.mean(0)[None], others.std(0, ddof=1)[None], made.inflation, 59
+            100,
+            made.n_active,
+            others.mean(0)[None],
+            others.std(0, ddof=1)[None],
+            made.inflation,
+            59,
         )
         t = alone.deviates(null[[i]], np.array([10]))
         p = 2 * stats.t.sf(np.abs(t), 59)
@@ -168,10 +178,10 @@ def test_no_more_than_one_in_fifty_of_the_permuted_features_is_named(
 def test_between_two_sizes_a_calibration_is_between_theirs() -> None:
     null = np.random.default_rng(0).normal(size=(2, 50, 3)) * np.array([1, 2, 4])
     null[1] = null[1] * 3 + 1
-    made = calibration.Calibration.of_null(np.array([10.0, 1000.0]), null)
+    made = calibration.Calibration.of_null(1010, np.array([10, 1000]), null)
     z = np.ones((3, 3))
     half = (made.mean.mean(0), made.sd.mean(0), made.inflation.mean())
-    found = made.deviates(z, np.array([10, 100, 5000]))
+    found = made.deviates(z, np.array([10, 505, 1010]))  # odds of 1 to 100, 1 and 100
     for row, (mean, sd, inflation) in enumerate(
         [(made.mean[0], made.sd[0], made.inflation[0]), half,
          (made.mean[1], made.sd[1], made.inflation[1])]
@@ -189,7 +199,7 @@ def test_a_calibration_survives_its_file(
     assert set(again) == {"change", "calibrated"}
     for test, expected in known.items():
         np.testing.assert_array_equal(again[test].sd, expected.sd)
-        z, size = expected.mean + 3 * expected.sd, expected.n_high
+        z, size = expected.mean + 3 * expected.sd, expected.n_active
         np.testing.assert_array_equal(again[test].deviates(z, size), expected.deviates(z, size))
 
 
@@ -204,7 +214,9 @@ def test_the_table_on_disk(
     for test in found.log_p:
         p = 10 ** -table[f"log10_p_{test}"].to_numpy(np.float64).reshape(FEATURES, TERMS)
         q = enrichment.benjamini_hochberg(p, axis=1)
-        every = enrichment.benjamini_hochberg(p, axis=None)
+        every = np.full(p.shape, np.nan)
+        testable = found.testable()
+        every[testable] = enrichment.benjamini_hochberg(p[testable], axis=None)
         for column, expected in (("q", q), ("q_all", every)):
             ours = 10 ** -table[f"log10_{column}_{test}"].to_numpy(np.float64)
             np.testing.assert_allclose(ours.reshape(p.shape), expected, rtol=1e-4, atol=1e-30)
@@ -241,7 +253,7 @@ def test_tails_that_no_double_holds() -> None:
     exact = [0, -np.log10(2 * stats.norm.sf(1)), 315.54, 783.6, 217149.7]
     np.testing.assert_allclose(lens.two_sided(z), exact, rtol=1e-3)
     known = calibration.Calibration(
-        np.array([10]), np.zeros((1, 1)), np.ones((1, 1)), np.ones(1), 301
+        100, np.array([10]), np.zeros((1, 1)), np.ones((1, 1)), np.ones(1), 301
     )
     far = known.log_p(
         known.deviates(np.array([[1e1], [1e3], [1e6]]), np.array([10, 10, 10]))
@@ -305,7 +317,7 @@ def test_a_calibration_is_made_for_the_sizes_that_can_be_named(
         z[rng.choice(CELLS, 20 + i % 3, replace=False), i] = 1
     call = {"null_features": 40, "bins": 2, "progress": False}
     _, known = lens.annotate(sparse.csr_matrix(z), expression, sets, RULE, **call)
-    assert (known["change"].n_high >= 20).all()
+    assert (known["change"].n_active >= 20).all()
     none, known = lens.annotate(sparse.csr_matrix(z[:, :300]), expression, sets, RULE, **call)
     assert known == {}
     assert np.isnan(none.log_p["change"]).all()

@@ -170,7 +170,7 @@ def test_bad_input_is_refused() -> None:
     with pytest.raises(InputError, match="the 4 cells"):
         test(x, high[:, :3], ~high, donors, scale="log1p")
     with pytest.raises(InputError, match="give booleans"):
-        test(x, high, ~high * 1.0, donors, scale="log1p")
+        test(x, high, ~high * 1.5, donors, scale="log1p")
     for wrong in (donors[:3], [None] * 4, [donors]):
         with pytest.raises(InputError, match="one label for each of the 4 cells"):
             test(x, high, ~high, wrong, scale="log1p")

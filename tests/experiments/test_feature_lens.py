@@ -13,7 +13,7 @@ from absl.testing import flagsaver
 from scipy import sparse
 
 import sae_jax
-from experiments import feature_lens
+from experiments import feature_lens, feature_lens_figures
 from sae_jax import InputError
 
 GENES, CELLS, PROGRAM = 240, 480, 24
@@ -74,6 +74,12 @@ def run(cells: anndata.AnnData, tmp_path: Path) -> Callable[..., Path]:
     return call
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The paper's figures, which other tests draw, take most of a run's time."""
+    monkeypatch.setattr(feature_lens_figures, "draw", lambda *args, **kwargs: {})
+
+
 def test_what_is_left_agrees(run: Callable[..., Path], cells: anndata.AnnData) -> None:
     out = run(technical=["depth"], numeric=["dose"])
     missing = set(feature_lens.FILES) - {path.name for path in out.iterdir()}
@@ -113,7 +119,9 @@ def test_what_is_left_agrees(run: Callable[..., Path], cells: anndata.AnnData) -
     assert "depth" in set(table["technical_column"].dropna().astype(str))
 
 
-def test_a_run_goes_on_where_it_was(run: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_run_goes_on_where_it_was(
+    run: Callable[..., Path], tmp_path: Path, undrawn: None
+) -> None:
     out = run()
     kept = {name: (out / name).stat().st_mtime_ns for name in ("enrichment.parquet", "nulls.csv")}
     weights = (out / "dictionary/sae_weights.safetensors").stat().st_mtime_ns
@@ -151,7 +159,7 @@ def _save(path: Path, bias: float, d: int = 3) -> str:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"percentile": 99.0}, "leaves 4 of 480 cells high.*give --percentile=97"),
+        ({"percentile": 99.0}, "leaves 5 of 480 cells high.*give --percentile=97"),
         ({"percentile": float("nan")}, "--percentile=nan must be a finite number"),
         ({"technical": ["batch"]}, "--technical: obs has no batch"),
         ({"numeric": ["kind"]}, "--numeric: kind of obs holds no numbers"),
@@ -181,3 +189,31 @@ def test_dictionaries_that_do_not_fit_are_refused(run: Callable[..., Path], tmp_
     with pytest.raises(InputError, match="dead on these cells"):
         run(dictionary=_save(tmp_path / "dead", -1e6))
     assert not (tmp_path / "out").exists()
+
+
+def test_what_was_changed_or_damaged_is_not_taken_for_a_result(
+    run: Callable[..., Path], tmp_path: Path, undrawn: None
+) -> None:
+    saved = _save(tmp_path / "dictionary", 0)
+    out = run(dictionary=saved)
+    with pytest.raises(InputError, match="--highlight: feature_99 is no live feature"):
+        run(dictionary=saved, resume=True, highlight=["feature_99"])
+    expected = pd.read_parquet(out / "genes.parquet")
+    for name in ("genes.parquet", "named.npz", "nulls.csv"):
+        content = (out / name).read_bytes()
+        (out / name).write_bytes(content[: len(content) // 2])
+    (out / "enrichment.parquet").unlink()
+    run(dictionary=saved, resume=True, top=1, words=["program"])  # flags of what is shown
+    pd.testing.assert_frame_equal(pd.read_parquet(out / "genes.parquet"), expected)
+    assert pd.read_csv(out / "nulls.csv")["features"].iloc[-1] == "single dimensions"
+    with pytest.raises(InputError, match=r"other settings[\s\S]*contents"):
+        run(dictionary=saved, resume=True, change=lambda adata: adata[::-1].copy())
+
+
+def test_a_dictionary_of_which_no_feature_can_be_named(
+    run: Callable[..., Path], tmp_path: Path, undrawn: None
+) -> None:
+    """A few cells a feature: the page says so, with no share of nothing."""
+    out = run(dictionary=_save(tmp_path / "rare", -6.5))
+    assert not pd.read_parquet(out / "features.parquet")["testable"].any()
+    assert "none of the testable ones" in (out / "report.html").read_text()
