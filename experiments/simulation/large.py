@@ -23,11 +23,9 @@ X' > X. --page=FILE.md writes the results page.
 """
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from absl import flags, logging
 
 from experiments import cli
@@ -37,9 +35,7 @@ from sae_jax import InputError, files, workdir
 if TYPE_CHECKING:
     import pandas as pd
 
-    from experiments.simulation.autoencoder import AutoEncoder, Recipe
-    from experiments.simulation.data import Cells, Large
-    from experiments.simulation.fitting import Fitted
+    from experiments.simulation.data import Large
     from experiments.simulation.large_saes import Grid
 
 FLAGS = flags.FLAGS
@@ -64,10 +60,8 @@ SETTING_FLAGS = (
     "variant", "seed", "cells", "genes", "models", "seeds", "epochs", "search", "sae_models",
     "sae_seeds", "sae_epochs", "scalings", "rates", "l1_weights", "quick",
 )  # fmt: skip
-HELD_OUT = 0.1
 PICTURED = 3000  # cells of S1
 LEAST = 1e-12  # of rates and weights
-GROUPS = ("Y", "X''", "X'", "X", "A", "B", "A_index", "B_index")
 
 
 def define_flags() -> None:
@@ -123,17 +117,20 @@ def run(
     """Every stage that is not on disk yet, and what is drawn and told of all."""
     import pandas as pd
 
-    from experiments.simulation import large_claims, large_saes, page
+    from experiments.simulation import large_autoencoders, large_claims, large_saes, page
 
     # 2. Draw the hidden variables, all that training needs beside M.
-    cells, m = hidden(simulation), simulation.m
+    cells, m = large_autoencoders.hidden(simulation), simulation.m
+    study = large_autoencoders.Study(
+        simulation, cells, tuple(seeds), FLAGS.epochs, FLAGS.search, out / "autoencoders"
+    )
 
     # 3. Train and measure each configuration; what is on disk is read.
     for number, name in enumerate(names):
         path = out / "measured" / f"{name}.parquet"
         if not path.exists():
             logging.info("configuration %d of %d: %s", number + 1, len(names), name)
-            files.write_parquet(path, measure(name, simulation, cells, seeds, out))
+            files.write_parquet(path, study.measure(name))
     tables = [pd.read_parquet(out / "measured" / f"{name}.parquet") for name in names]
     superposition = pd.concat(tables, ignore_index=True)
     files.write_parquet(out / "superposition.parquet", superposition)
@@ -141,9 +138,9 @@ def run(
     # 4. Dictionaries and baselines of the embeddings, and what they recover.
     embeddings, runs, rows, linear = [], {}, [], []
     for name in sae_models:
-        first = fitted(name, simulation, cells, seeds, out).models[0]
+        first = study.fitted(name).models[0]
         path = out / "embeddings" / f"{name}.npy"
-        embedding = large_saes.embed(path, name, first, simulation, cells, training(cells))
+        embedding = large_saes.embed(path, name, first, simulation, cells, study.train)
         embeddings.append(embedding)
         runs[name] = large_saes.sweep(embedding, grid, out / "sweep" / name)
         rows.append(large_saes.recovered(embedding, runs[name], m, out / "recovery" / name))
@@ -169,7 +166,9 @@ def run(
             Path(FLAGS.page), out, settings(), superposition, table_s5, structure, claims
         )
     shown = {
-        "R² on held-out cells": superposition[["name", "seed", "validation_loss", *GROUPS]],
+        "R² on held-out cells": superposition[
+            ["name", "seed", "validation_loss", *large_autoencoders.GROUPS]
+        ],
         "Table S5": table_s5[["method", "rule", *large_saes.S5_GROUPS]],
         "Figure S13: coverage of M": large_saes.summary(structure),
     }
@@ -189,6 +188,7 @@ def draw(
     """Every figure, PNG and PDF."""
     from analysis import plots
     from experiments.simulation import large_figures
+    from experiments.simulation.large_autoencoders import hidden
 
     few = dataclasses.replace(simulation, cells=min(PICTURED, simulation.cells))
     drawn = {
@@ -283,101 +283,6 @@ def asked_simulation() -> "Large":
     from experiments.simulation.data import Large
 
     return Large(seed=FLAGS.seed, cells=FLAGS.cells, genes=FLAGS.genes, variant=FLAGS.variant)
-
-
-def hidden(simulation: "Large") -> "Cells":
-    """Hidden variables of all cells: 160 MB of 100,000."""
-    from experiments.simulation.data import Cells
-
-    blocks = [vars(block) for block in simulation.blocks()]
-    return Cells(**{name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]})
-
-
-def training(cells: "Cells") -> int:
-    """How many cells are trained on, the first ones."""
-    return len(cells.x_active) - int(HELD_OUT * len(cells.x_active))
-
-
-def fitted(name: str, simulation: "Large", cells: "Cells", seeds: list[int], out: Path) -> "Fitted":
-    """The autoencoders of a configuration, one a seed, trained or read."""
-    from experiments.simulation import autoencoder, fitting
-
-    latents, depth, width = name.split("-")
-    key = int(latents), int(depth), width
-    dims = autoencoder.dims(simulation.genes, *key, FLAGS.variant)
-    path = out / "autoencoders" / f"{name}.npz"
-    if not path.exists():
-        train = training(cells)
-        parts = cells.x_active[:train], cells.x_active[train:]
-        recipe = asked_recipe(dims, parts, simulation.m, autoencoder.RECIPES[key])
-        found = fitting.fit(
-            dims, *parts, recipe, seeds, readout=simulation.m, chunk=5,
-            progress=f"{name}, {len(seeds)} seeds",
-        )  # fmt: skip
-        fitting.save(path, found)
-    return fitting.load(path, dims)
-
-
-def measure(
-    name: str, simulation: "Large", cells: "Cells", seeds: list[int], out: Path
-) -> "pd.DataFrame":
-    """One row a seed of a configuration, trained or read: validation loss and R² of every group."""
-    import pandas as pd
-
-    latents, depth, width = name.split("-")
-    trained = fitted(name, simulation, cells, seeds, out)
-    found = []
-    for seed, model, losses in zip(
-        seeds, trained.models, trained.history["validation_loss"], strict=True
-    ):
-        found.append(
-            {
-                "name": name, "latents": int(latents), "depth": int(depth), "width": width,
-                "seed": seed, "epochs": int(np.isfinite(losses).sum()),
-                "validation_loss": float(np.nanmin(losses)),
-                **recovery(model, simulation, cells, training(cells)),
-            }
-        )  # fmt: skip
-    return pd.DataFrame(found)
-
-
-def asked_recipe(
-    dims: list[int], parts: tuple[np.ndarray, np.ndarray], m: np.ndarray, table: "Recipe"
-) -> "Recipe":
-    """Table S2's, or what the search finds; never more epochs than asked for."""
-    recipe = table
-    if FLAGS.search:
-        from experiments.simulation.search import search
-
-        recipe = search(dims, *parts, readout=m)
-        logging.info("found by the search: %s", recipe)
-    batch = min(recipe.batch_size or len(parts[0]), len(parts[0]))
-    return dataclasses.replace(recipe, epochs=FLAGS.epochs, batch_size=batch)
-
-
-def recovery(
-    model: "AutoEncoder", simulation: "Large", cells: "Cells", train: int
-) -> dict[str, float]:
-    """R² of each group on held-out cells, of least squares on the others, a block at a time."""
-    from experiments.simulation import autoencoder, superposition
-    from experiments.simulation.data import BLOCK
-
-    def blocks(start: int, stop: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for low in range(start, stop, BLOCK):
-            some = slice(low, min(low + BLOCK, stop))
-            y = simulation.counts(cells.x_active[some])
-            variables = [y, cells.x_active[some], cells.x_noisy[some], cells.x[some], cells.a[some]]
-            variables += [cells.b[some], cells.cell_type[some, None], cells.batch[some, None]]
-            yield autoencoder.latents(model, y), np.hstack(variables)
-
-    fit = superposition.least_squares(superposition.Moments.of(blocks(0, train)))
-    held_out = superposition.Moments.of(blocks(train, len(cells.x)))
-    r2 = superposition.r2(held_out, fit.coefficients, fit.intercept)
-    programs = simulation.programs
-    sizes = dict(zip(GROUPS, (simulation.genes, *[programs] * 4, 1, 1, 1), strict=True))
-    ends = np.cumsum(list(sizes.values()))
-    groups = {group: slice(end - sizes[group], end) for group, end in zip(sizes, ends, strict=True)}
-    return superposition.by_group(r2, groups)
 
 
 if __name__ == "__main__":

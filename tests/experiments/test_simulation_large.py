@@ -15,7 +15,15 @@ from matplotlib.figure import Figure
 from sklearn.linear_model import LinearRegression
 
 from analysis import plots
-from experiments.simulation import autoencoder, fitting, large, large_claims, large_saes, search
+from experiments.simulation import (
+    autoencoder,
+    fitting,
+    large,
+    large_autoencoders,
+    large_claims,
+    large_saes,
+    search,
+)
 from experiments.simulation.data import Large
 from sae_jax import InputError, Run
 
@@ -65,7 +73,7 @@ def test_recovery_is_what_scikit_learn_finds_and_a_second_run_trains_nothing(
     assert table["epochs"].tolist() == [3, 3]
 
     simulation = Large(cells=CELLS, genes=GENES)
-    cells = large.hidden(simulation)
+    cells = large_autoencoders.hidden(simulation)
     y = simulation.counts(cells.x_active)
     dims = autoencoder.dims(GENES, 20, 2, "narrow")
     assert dims == [40, 150, 20]
