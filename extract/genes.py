@@ -129,7 +129,7 @@ def align(
         which = list(dict.fromkeys(names[i] for i in columns[twice]))
         raise InputError(
             f"{where}: {len(index[times > 1])} genes occur more than once ({listed(which)}); "
-            'give duplicates="sum" to add them up, or keep one column of each'
+            'give duplicates="sum" (--option=duplicates=sum) to add them up, or keep one column'
         )
     return alignment
 
@@ -154,6 +154,6 @@ def _advice(names: list[str], known: Mapping[str, int]) -> str:
     if wanted != naming_of(names):
         return (
             f"The model wants {NAMINGS[wanted]}s: name the column of var that holds them with "
-            "genes="
+            "genes= (--genes)"
         )
-    return "Name the column of var that holds the model's names with genes="
+    return "Name the column of var that holds the model's names with genes= (--genes)"
