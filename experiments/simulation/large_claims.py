@@ -204,6 +204,8 @@ def _several(table: "pd.DataFrame", *columns: str) -> None:
 
 def _spearman(table: "pd.DataFrame", a: str, b: str) -> float:
     _several(table, a, b)
+    if len(table) < 4:  # of two any correlation is 1 or -1
+        raise LookupError("four autoencoders")
     return float(stats.spearmanr(table[a], table[b])[0])
 
 
