@@ -6,14 +6,20 @@ a limit, in files.
 
 Two statistics of a term are standardised by what permuted features have (see `calibration`): the
 mean change of its genes, in standard deviations of theirs, "change", and Mann-Whitney's z of their
-t, "calibrated". The first names features. Ranks do not know how far a gene has moved: of ten
-thousand genes the few that a cell type is known by move a rank sum little, however loud they are.
+t, "calibrated". Ranks do not know how far a gene has moved: of ten thousand genes the few that a
+cell type is known by move a rank sum little, however loud they are.
+
+A term names a feature by two tests together. "change" says that the term's genes differ between
+the cells at all, which a random set's do too as soon as it holds a marker; "matched" that more of
+the genes that differ are in it than of genes of like expression, which may be no more than
+co-expression in permuted features. Each is blind where the other sees.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,8 +58,8 @@ class Rule:
       the third (Schuster A.3.7's two stages; None: no second stage).
     direction: of relevant genes: "up", "down", or "both".
     pseudocount: added to the mean counts (per ten thousand) of both groups.
-    naming: the test whose terms name a feature.
-    term_q: a term names a feature at a q of that test, over the feature's terms, below it.
+    naming: the tests that all must find a term for it to name a feature; the first ranks terms.
+    term_q: at a q of each, over the feature's terms, below it.
     """
 
     percentile: float = 99.0
@@ -63,7 +69,7 @@ class Rule:
     fallback_p: float | None = 0.05
     direction: str = "both"
     pseudocount: float = 1.0
-    naming: str = "change"
+    naming: tuple[str, ...] = ("change", "matched")
     term_q: float = 0.05
 
     def testable(self, n_high: np.ndarray, n_low: np.ndarray) -> np.ndarray:
@@ -119,18 +125,20 @@ class Lens:
         return np.where(np.sign(getattr(self, deviate)[rows]) == side, side, 0)
 
     def named(self, test: str | None = None) -> np.ndarray:
-        """[features, terms] bool: q below the rule's on one side, of features with cells enough."""
-        test = test or self.naming
-        found = np.zeros(self.auc.shape, bool)
-        for rows in slices(len(found), 256):
-            found[rows] = self.log_q(test, rows) > -np.log10(self.rule.term_q)
-            found[rows] &= self.side(test, rows) != 0
-        return found & self.testable()[:, None]
+        """[features, terms] bool: which term names which feature, by the rule or by one test."""
+        tests = self.naming if test is None else (test,)
+        return np.concatenate([self._named(rows, tests) for rows in slices(len(self.auc), 256)])
+
+    def _named(self, rows: slice, tests: Sequence[str]) -> np.ndarray:
+        found = self.testable()[rows, None] & (self.side(tests[0], rows) != 0)
+        for test in tests:
+            found = found & (self.log_q(test, rows) > -np.log10(self.rule.term_q))
+        return found
 
     @property
-    def naming(self) -> str:
-        """The rule's test; the matched one where nothing was calibrated."""
-        return self.rule.naming if self.rule.naming in self.log_p else "matched"
+    def naming(self) -> tuple[str, ...]:
+        """Those of the rule's tests that were made."""
+        return tuple(test for test in self.rule.naming if test in self.log_p) or ("fisher",)
 
     def share_named(self, test: str | None = None) -> float:
         """Share of the testable features that a term names; NaN if none is testable."""
@@ -145,26 +153,31 @@ class Lens:
         return (most > 2) & (self.n_high > 0)
 
     def best(self, most: int = 10, test: str | None = None) -> pd.DataFrame:
-        """The smallest p of each feature, first of the terms that are up, then of those down.
+        """The terms of each feature, first those that are up, then those down.
+
+        On each side first those that name the feature, then by the smallest p of the test (by
+        default the first of the rule's, whose p and q are given).
 
         Returns:
           One row per feature, side and term: feature, side ("up", "down"), rank, term, size, hits,
           change, change_z, auc, z, calibrated_z, -log10 of p and q of the test, and `named`:
           whether the term names the feature.
         """
-        test = test or self.naming
+        tests = self.naming if test is None else (test,)
         return pd.concat(
             [
-                self._best(part, side, most, test)
+                self._best(part, side, most, tests)
                 for part in slices(len(self.auc), 256)
                 for side in ("up", "down")
             ]
         ).sort_values("feature", kind="stable", ignore_index=True)
 
-    def _best(self, part: slice, side: str, most: int, test: str) -> pd.DataFrame:
-        p, q = self.log_p[test][part], self.log_q(test, part)
-        there = self.side(test, part) == {"up": 1, "down": -1}[side]
-        order = np.argsort(-np.where(there, np.nan_to_num(p, nan=-1), -1), axis=1, kind="stable")
+    def _best(self, part: slice, side: str, most: int, tests: Sequence[str]) -> pd.DataFrame:
+        p, q = self.log_p[tests[0]][part], self.log_q(tests[0], part)
+        there = self.side(tests[0], part) == {"up": 1, "down": -1}[side]
+        named = self._named(part, tests)
+        first = np.nan_to_num(p, nan=-1) + 1e6 * named  # no p comes near
+        order = np.argsort(-np.where(there, first, -1), axis=1, kind="stable")
         order = order[:, :most]
         row, rank = np.indices(order.shape).reshape(2, -1)
         at = (row, order.ravel())
@@ -180,7 +193,7 @@ class Lens:
                 **{name: np.nan if x is None else x[part][at] for name, x in columns.items()},
                 "log10_p": p[at],
                 "log10_q": q[at],
-                "named": (q[at] > -np.log10(self.rule.term_q)) & self.testable()[part][row],
+                "named": named[at],
             }
         )
         return found[there[at] & ~np.isnan(p[at])]
@@ -438,7 +451,7 @@ def _check(z: Any, expression: Expression, sets: GeneSets, rule: Rule) -> None:
         raise InputError(
             f"{expression.x.shape[1]} genes are no universe to test sets in; give 100 or more"
         )
-    if rule.naming not in TESTS:
-        raise InputError(f"naming={rule.naming!r} must be one of {', '.join(TESTS)}")
+    if not rule.naming or set(rule.naming) - set(TESTS):
+        raise InputError(f"naming={rule.naming!r} must be some of {', '.join(TESTS)}")
     if rule.direction not in DIRECTIONS:
         raise InputError(f"direction={rule.direction!r} must be one of {', '.join(DIRECTIONS)}")

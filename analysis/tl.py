@@ -122,7 +122,7 @@ def annotate(
     found["coverage"] = str(sets.coverage)
     found["term_names"] = np.asarray(annotated.terms, object)
     found["named"] = sparse.csr_matrix(annotated.named(), dtype=np.int8)
-    found["named_by"] = annotated.naming
+    found["named_by"] = list(annotated.naming)
     return annotated
 
 

@@ -7,10 +7,10 @@ Schuster's section 5. The dictionary is a saved one (--dictionary), or trained h
 vanilla, 10,000 latents, rate 1e-4, batch 128, 500 epochs. For every live feature: activity,
 local or global (eq. 8), the label it tells best, technical associations (--technical), genes that
 differ between its high cells (above the 99th percentile) and all silent ones, gene sets by six
-tests. `change` names features: the mean change of a term's genes, standardised by what permuted
-features of like size have; `calibrated` is Mann-Whitney's z treated alike. Beside the
-share of features that each names stands what the same pipeline names when there is nothing to find
-(nulls.csv).
+tests. `change` is the mean change of a term's genes, standardised by what permuted features of like
+size have; `matched` compares genes with genes of like expression. Both together name a feature.
+Beside the share of features that are named stands what the same pipeline names when there is
+nothing to find (nulls.csv).
 
 Each stage leaves its files and is not done again with --resume. Zheng's 3,774 cells, 20 dimensions
 -> 10,000 latents, 1,500 GO terms: about 6 minutes on two cores, half of it training.
@@ -279,7 +279,8 @@ def annotate(
     counts = [
         found.n_high, found.n_low, found.n_relevant, found.testable(), found.paper_annotated()
     ]  # fmt: skip
-    shares = {test: found.share_named(test) for test in found.log_p}
+    shares = {"named": found.share_named()}
+    shares |= {test: found.share_named(test) for test in found.log_p}
     with files.write_aside(out / "named.npz") as fresh:  # last: it says that all of these are there
         named = sparse.csr_matrix(found.named())
         np.savez(
@@ -340,7 +341,8 @@ def null_rates(
             seed=FLAGS.seed + 2, memory_bytes=int(FLAGS.memory_gib * 2**30), progress=False,
             **of_terms,
         )  # fmt: skip
-        rows.append({"features": name} | {test: null.share_named(test) for test in null.log_p})
+        shares = {test: null.share_named(test) for test in null.log_p}
+        rows.append({"features": name, "named": null.share_named()} | shares)
     return pd.DataFrame(rows)
 
 

@@ -29,7 +29,8 @@ def write(
                     "false. Exchanged gene sets keep sizes and overlaps and lose their meaning. "
                     "Random directions, an untrained dictionary and single dimensions follow the "
                     "cells' structure without a trained dictionary: what they share with the "
-                    "dictionary is no merit of it. `change` names features."
+                    "dictionary is no merit of it. A term names a feature where `change` and "
+                    "`matched` both find it."
                 ),
                 report.table(rates),
             ],
@@ -62,7 +63,7 @@ def summary(inputs: Inputs, table: pd.DataFrame, rates: pd.DataFrame) -> list[st
         f"{len(inputs.embedding)} cells, {len(inputs.expression.genes)} genes",
         str(inputs.sets.coverage),
         f"{len(table)} live features, {testable} of them with cells enough to be tested",
-        f"{annotated} annotated at calibrated q < .05: {share(rates, REAL)} of the testable ones, "
+        f"{annotated} named at q < .05 of both tests: {share(rates, REAL)} of the testable ones, "
         f"beside {share(rates, PERMUTED)} with permuted cells",
         f"{int(table['paper_annotated'].sum())} annotated by the published rule (any term of "
         "p < .01, uncorrected)",
@@ -78,8 +79,8 @@ def summary(inputs: Inputs, table: pd.DataFrame, rates: pd.DataFrame) -> list[st
 
 
 def share(rates: pd.DataFrame, features: str) -> str:
-    """Of a row of nulls.csv, by the test that names."""
-    found = rates.loc[rates["features"] == features, "change"].dropna()
+    """Of a row of nulls.csv, by the rule that names."""
+    found = rates.loc[rates["features"] == features, "named"].dropna()
     return f"{found.iloc[0]:.1%}" if len(found) else "none"
 
 
