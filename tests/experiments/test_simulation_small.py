@@ -252,7 +252,7 @@ def test_the_program_goes_on_where_it_was_killed(
     exact = pd.read_parquet(out / "superposition.parquet")
     assert exact.loc[exact["method"] == "least squares", "Y"].between(0, 1).all()
     text = path.read_text()
-    assert "14 configurations\n(0 diverged), 2 epochs" in text
+    assert "14 configurations (0 diverged), 2 epochs" in " ".join(text.split())
     assert len(list(path.parent.iterdir())) == 4  # the page, its table, two figures
     assert "section 4.2, of 14 configurations" in capsys.readouterr().out
     assert json.loads((out / small.SETTINGS).read_text())["variant"] == "text"
