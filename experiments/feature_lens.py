@@ -16,6 +16,7 @@ Each stage leaves its files and is not done again with --resume. Zheng's 3,774 c
 -> 10,000 latents, 1,500 GO terms: about 6 minutes on two cores, half of it training.
 """
 
+import dataclasses
 import json
 import math
 import time
@@ -32,6 +33,7 @@ from scipy import sparse
 import sae_jax
 from analysis import (
     calibration,
+    cells,
     characterisation,
     feature_space,
     gene_sets,
@@ -88,6 +90,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("epochs", 500, "Of the same.", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "Of training and of everything drawn at random.", 0, 2**31 - 2)
     flags.DEFINE_float("percentile", 99.0, "A cell above it is high.", 0, 99.99)
+    flags.DEFINE_string("within", None, "Compare cells of this label of --label only.")
     flags.DEFINE_enum("direction", "both", lens.DIRECTIONS, "Of relevant genes.")
     flags.DEFINE_integer("null_features", 300, "Permuted features for each of six sizes.", 30)
     flags.DEFINE_integer("null_sample", 300, "Features on which each null is run.", 10)
@@ -108,6 +111,7 @@ def main() -> None:
     check_flags()
     out = folders.check_workdir(SETTINGS)
     inputs = reading.read("workdir", gene_sets.MIN_UNIVERSE)
+    everything, inputs = inputs, within(inputs)
     rule = lens.Rule(percentile=FLAGS.percentile, direction=FLAGS.direction)
     check_cells(len(inputs.obs), rule)
     technical = columns_of(inputs.obs, "technical")
@@ -132,7 +136,7 @@ def main() -> None:
 
         # 2. The dictionary and its features.
         if dictionary is None:
-            dictionary = trained(inputs, out)
+            dictionary = trained(everything, out)
             z, live = activations(dictionary, inputs)
             check_highlight(live)
         logging.info("%d of %d features are live", len(live), dictionary.config.n_latents)
@@ -162,6 +166,24 @@ def main() -> None:
     print(
         f"\n{pd.read_csv(out / 'nulls.csv').to_string(index=False, float_format='{:.3f}'.format)}"
     )
+
+
+def within(inputs: Inputs) -> Inputs:
+    """The cells of the label of --within: groups, tests and figures are of these alone, without
+    labels; a dictionary is trained on all."""
+    if FLAGS.within is None:
+        return inputs
+    if inputs.labels is None:
+        raise InputError("--within names a label: say by --label which column of obs has it")
+    chosen = np.flatnonzero(inputs.labels == FLAGS.within)
+    if not chosen.size:
+        there = ", ".join(inputs.labels.cat.categories[:10])
+        raise InputError(f"no cell is labelled --within={FLAGS.within}; there are {there}")
+    expression = cells.Expression(inputs.expression.x[chosen], inputs.expression.genes)
+    return dataclasses.replace(
+        inputs, obs=inputs.obs.iloc[chosen], expression=expression, labels=None,
+        embedding=inputs.embedding[chosen],
+    )  # fmt: skip
 
 
 def check_flags() -> None:

@@ -164,6 +164,8 @@ def _save(path: Path, bias: float, d: int = 3) -> str:
     [
         ({"percentile": 99.0}, "leaves 5 of 480 cells high.*give --percentile=97"),
         ({"percentile": float("nan")}, "--percentile=nan must be a finite number"),
+        ({"within": "kind D"}, "no cell is labelled --within=kind D; there are kind A, kind B"),
+        ({"within": "kind A", "label": None}, "say by --label"),
         ({"technical": ["batch"]}, "--technical: obs has no batch"),
         ({"numeric": ["kind"]}, "--numeric: kind of obs holds no numbers"),
         ({"top_level": "none.obo"}, "there is no ontology file none.obo"),
@@ -220,3 +222,23 @@ def test_a_dictionary_of_which_no_feature_can_be_named(
     out = run(dictionary=_save(tmp_path / "rare", -6.5))
     assert not pd.read_parquet(out / "features.parquet")["testable"].any()
     assert "none of the testable ones" in (out / "report.html").read_text()
+
+
+def test_within_one_label_only_its_cells_are_compared(
+    run: Callable[..., Path], cells: anndata.AnnData, tmp_path: Path, undrawn: None
+) -> None:
+    weights = np.random.default_rng(0).normal(size=(3, 4))  # those of _save
+    saved = _save(tmp_path / "dictionary", -4 * weights[1].max())  # active in half of the kind B
+    chosen = cells.obs["kind"] == "kind B"
+    out = run(dictionary=saved, within="kind B")
+    alone = run(
+        dictionary=saved, workdir=str(tmp_path / "alone"), label=None,
+        change=lambda adata: adata[chosen.to_numpy()].copy(),
+    )  # fmt: skip
+    found = anndata.read_h5ad(out / "features.h5ad")
+    assert list(found.obs_names) == list(cells.obs_names[chosen])
+    expected = pd.read_parquet(alone / "genes.parquet").set_index(["feature", "gene"])["t"]
+    ours = pd.read_parquet(out / "genes.parquet").set_index(["feature", "gene"])["t"]
+    shared = ours.index.intersection(expected.index)
+    assert len(shared) > 0.9 * len(expected)  # ties at the end of a list of fifty
+    np.testing.assert_allclose(ours[shared], expected[shared], rtol=1e-5)
