@@ -6,7 +6,7 @@ normalisation of the dictionary, no clipping, no monitoring; the optimiser, whic
 is torch's Adam in the faster of two implementations.
 
 The package imports readers of vision models, though not to train: where torchvision is missing, an
-empty module takes its place in this process.
+empty module takes its place in this process (not in one that only looks for the package).
 """
 
 import functools
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-if importlib.util.find_spec("torchvision") is None:
+if importlib.util.find_spec("overcomplete") and importlib.util.find_spec("torchvision") is None:
     stand_in = types.ModuleType("torchvision")
     stand_in.transforms = types.ModuleType("torchvision.transforms")
     sys.modules |= {"torchvision": stand_in, "torchvision.transforms": stand_in.transforms}
