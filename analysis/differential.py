@@ -38,7 +38,6 @@ class Welch:
 
     t: np.ndarray
     df: np.ndarray
-    p: np.ndarray
     log2_fold_change: np.ndarray
     mean_high: np.ndarray
     mean_low: np.ndarray
@@ -48,6 +47,11 @@ class Welch:
     detected_low: np.ndarray
     n_high: np.ndarray
     n_low: np.ndarray
+
+    @functools.cached_property
+    def p(self) -> np.ndarray:
+        """Two-sided p-value; made when it is asked for, which permuted features never do."""
+        return 2 * special.stdtr(self.df, -np.abs(self.t))
 
     @property
     def cohens_d(self) -> np.ndarray:
@@ -250,7 +254,6 @@ def _test(high: Sums, low: Sums, pseudocount: float) -> Welch:
     return Welch(
         t=t,
         df=df,
-        p=2 * special.stdtr(df, -np.abs(t)),
         log2_fold_change=np.log2(fold),
         mean_high=mean_high,
         mean_low=mean_low,

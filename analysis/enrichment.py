@@ -372,9 +372,11 @@ class LogQ:
 
     def __call__(self, log_p: np.ndarray) -> np.ndarray:
         """-log10 q of some of the table's values, float32 in their shape."""
-        filled = np.nan_to_num(log_p, nan=0.0)
-        found = self.log_q[np.searchsorted(self.log_p, filled, side="left")]
-        return np.where(np.isnan(log_p), np.nan, found).astype(np.float32)
+        filled = np.nan_to_num(log_p, nan=0.0).ravel()
+        order = np.argsort(filled)  # rising keys find their neighbours in the cache
+        found = np.empty(len(filled), np.float32)
+        found[order] = self.log_q[np.searchsorted(self.log_p, filled[order], side="left")]
+        return np.where(np.isnan(log_p), np.float32(np.nan), found.reshape(log_p.shape))
 
 
 def _membership(membership: Matrix, name: str, table: Matrix) -> sparse.csr_array:

@@ -4,6 +4,7 @@ A program is a module with `main()` and `define_flags()`. Flags are not defined 
 imported: absl has one set of them a process, where two programs cannot both define --workdir.
 """
 
+import ctypes
 import errno
 import importlib
 import logging as python_logging
@@ -71,6 +72,7 @@ def launch(
         logging.get_absl_logger().addFilter(lambda record: "orbax" not in record.pathname)
         for chatty in ("jax", "anndata"):
             python_logging.getLogger(chatty).setLevel(python_logging.WARNING)
+        _few_arenas()
         distributed.use_all_cpu_cores()
         distributed.use_compilation_cache()
         try:
@@ -90,3 +92,12 @@ def launch(
             sys.exit(130)
 
     app.run(run, argv=None if argv is None else list(argv), flags_parser=parse)
+
+
+def _few_arenas() -> None:
+    """Threads share two heaps of glibc's, instead of keeping what they freed in one each: half the
+    peak memory where threads work on large blocks in turn (the lens, 8.9 to 4.3 GiB)."""
+    try:
+        ctypes.CDLL(None).mallopt(-8, 2)  # M_ARENA_MAX
+    except (AttributeError, OSError, TypeError):
+        return  # another C library

@@ -229,8 +229,7 @@ def test_two_stages_of_relevance() -> None:
     shape = (2, 5)
     one = np.ones(shape)
     welch = differential.Welch(
-        t=np.array([[9, -9, 9, 3, 1], [3, -3, 3, 1, 0.5]], float), df=one * 50,
-        p=np.array([[1e-9, 1e-9, 1e-9, 0.01, 0.5], [0.01, 0.01, 0.2, 0.6, 0.9]]),
+        t=np.array([[9, -9, 9, 2.7, 0.7], [2.7, -2.7, 1.3, 0.5, 0.1]]), df=one * 50,
         log2_fold_change=np.array([[2, -2, 0.5, 3, 0], [0.1, -0.1, 2, 0, 0]], float),
         mean_high=one, mean_low=one, var_high=one, var_low=one, detected_high=one,
         detected_low=one, n_high=np.array([9, 9]), n_low=np.array([9, 9]),
