@@ -18,11 +18,7 @@ genes are measured, a quarter of the paper's 13,431: sets of 5 genes count, not 
 About 5 minutes on two cores.
 """
 
-import importlib.util
-import logging as python_logging
-import warnings
 from pathlib import Path
-from typing import Any
 
 import anndata
 import numpy as np
@@ -30,10 +26,9 @@ import pandas as pd
 from absl import flags, logging
 from scipy import sparse
 
-import extract
 import sae_jax
 from analysis import cells, gene_sets, lens, report
-from experiments import cli, folders, perturbation, steering, steering_page
+from experiments import cli, folders, perturbation, scvi_model, steering, steering_page
 from experiments.perturbation import Design, Subject
 from sae_jax import InputError, data, files, workdir
 
@@ -74,9 +69,7 @@ def main() -> None:
     """Runs the study by its flags."""
     # 1. Refuse what is wrong before anything is written.
     out = folders.check_workdir(SETTINGS)
-    if importlib.util.find_spec("scvi") is None:
-        raise InputError("scvi-tools is not installed, and a model is trained here: "
-                         "pip install scvi-tools (it is in 'sae-jax[dev]')")  # fmt: skip
+    scvi_model.check_installed()
     if not FLAGS.h5ad:
         raise InputError("--h5ad is needed: Paul et al. 2015, GSE72857, with paul15_clusters")
     adata, labels, expression, sets = read()
@@ -87,7 +80,9 @@ def main() -> None:
         folders.claim(out, SETTINGS, settings, FILES)
 
         # 2. A model of the cells, a dictionary of its latents.
-        model = trained_model(adata, out)
+        model = scvi_model.trained(
+            adata, out / "scvi", seed=FLAGS.seed, epochs=5 if FLAGS.quick else 120
+        )
         x = model.embed(adata)["latent"]
         dictionary = trained_dictionary(x, out)
         z = dictionary.encode(x, sparse=True)
@@ -144,30 +139,6 @@ def read() -> tuple[anndata.AnnData, pd.Series, cells.Expression, gene_sets.Gene
     sets = gene_sets.load(FLAGS.gene_sets, upper, FLAGS.min_size, 500)
     logging.info("%d cells, %d genes, upper-cased: %s", *adata.shape, sets.coverage)
     return adata, labels, expression, sets
-
-
-def trained_model(adata: anndata.AnnData, out: Path) -> Any:
-    """An scVI of the cells, in `out`/scvi once it is trained, read by `extract`."""
-    if not (out / "scvi").exists():
-        with warnings.catch_warnings():  # of how many workers load data, and of versions to come
-            warnings.simplefilter("ignore")
-            import scvi
-
-            for chatty in ("lightning.pytorch", "lightning.fabric"):
-                python_logging.getLogger(chatty).setLevel(python_logging.ERROR)
-            scvi.settings.verbosity = python_logging.ERROR
-            scvi.settings.seed = FLAGS.seed
-            ours = adata.copy()  # setup_anndata writes into it
-            scvi.model.SCVI.setup_anndata(ours)
-            model = scvi.model.SCVI(ours, n_latent=20, gene_likelihood="nb")
-            logging.info("training an scVI")
-            model.train(
-                max_epochs=5 if FLAGS.quick else 120, accelerator="cpu", devices=1, logger=False,
-                enable_progress_bar=False, enable_checkpointing=False, enable_model_summary=False,
-            )  # fmt: skip
-            with files.write_aside(out / "scvi") as fresh:
-                model.save(fresh)
-    return extract.load_model("scvi", out / "scvi")
 
 
 def trained_dictionary(x: np.ndarray, out: Path) -> sae_jax.Dictionary:
