@@ -45,6 +45,11 @@ def define_flags() -> None:
     )
     flags.DEFINE_string("gene_symbols", None, "Column of var with symbols; default: the var names.")
     flags.DEFINE_string("label", None, "Column of obs with labels of the cells, cell types say.")
+    define_set_flags()
+
+
+def define_set_flags() -> None:
+    """Of the gene sets alone, for `load_sets`."""
     flags.DEFINE_string(
         "gene_sets",
         gene_sets.EMBEDDED,
