@@ -1,4 +1,4 @@
-"""Dimensions cut at their medians: nothing is lost, and every side is silent in half of the cells."""
+"""Dimensions cut at their medians: nothing is lost, a side is silent in half of the cells."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,8 @@ def test_sides_of_dimensions() -> None:
     sparse = neurons.encode(x, sparse=True)
     np.testing.assert_array_equal(sparse.toarray(), z)
     np.testing.assert_allclose(neurons.decode(sparse), neurons.median + z @ neurons.decoder, 1e-6)
-    assert neurons.names()[1] == "neuron_1+" and neurons.names()[5] == "neuron_1-"
+    assert neurons.names()[1] == "neuron_1+"
+    assert neurons.names()[5] == "neuron_1-"
 
 
 def test_other_rows_are_refused() -> None:
