@@ -20,14 +20,12 @@ import dataclasses
 import json
 import math
 import time
-import zipfile
 from pathlib import Path
 
 import anndata
 import numpy as np
 import pandas as pd
 from absl import flags, logging
-from pyarrow import parquet
 from scipy import sparse
 
 import sae_jax
@@ -142,10 +140,10 @@ def main() -> None:
         logging.info("%d of %d features are live", len(live), dictionary.config.n_latents)
 
         # 3. Genes and terms of every feature, and the rate of naming by chance.
-        if not all(readable(out / name) for name in ANNOTATION):
+        if not all(folders.readable(out / name) for name in ANNOTATION):
             annotate(z, live, inputs, rule, out)
         named, terms = read_named(out)
-        if not readable(out / "nulls.csv"):
+        if not folders.readable(out / "nulls.csv"):
             write_csv(null_rates(dictionary, z, inputs, rule, out), out / "nulls.csv")
 
         # 4. What each feature is, the map of all, the page.
@@ -200,22 +198,6 @@ def check_highlight(live: np.ndarray | None) -> None:
         raise InputError(
             f"--highlight: {', '.join(missing)} is no live feature; one is {min(names)}"
         )
-
-
-def readable(path: Path) -> bool:
-    """Whether a file of ours is there and whole; a damaged one is made again."""
-    try:
-        if path.suffix == ".parquet":
-            parquet.read_metadata(path)
-        elif path.suffix == ".npz":
-            np.load(path)
-        else:
-            return path.read_text().endswith("\n") and len(pd.read_csv(path).columns) > 1
-    except (OSError, ValueError, zipfile.BadZipFile):  # pyarrow's errors are ValueErrors
-        if path.exists():
-            logging.warning("%s cannot be read and is made again", path)
-        return False
-    return True
 
 
 def check_cells(n_cells: int, rule: lens.Rule) -> None:
@@ -456,7 +438,7 @@ def space(
         logging.info("%d features have terms: too few for a map", len(annotated.annotated()))
         return None
     stored = out / "feature_space.parquet"
-    if readable(stored):
+    if folders.readable(stored):
         return pd.read_parquet(stored)[["umap_1", "umap_2"]].to_numpy()
     coordinates = feature_space.plane(annotated, seed=FLAGS.seed)
     frame = pd.DataFrame(coordinates, columns=["umap_1", "umap_2"])

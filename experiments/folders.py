@@ -5,11 +5,15 @@ settings is written first: it tells a folder of the program from anybody's.
 """
 
 import json
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from absl import flags
+import numpy as np
+import pandas as pd
+from absl import flags, logging
+from pyarrow import parquet
 
 from extract import hashing
 from sae_jax import InputError, files, workdir
@@ -86,6 +90,22 @@ def claim(
         for name in (*leaves, settings_file):
             files.remove(out / name)
     files.write_json(path, settings)
+
+
+def readable(path: Path) -> bool:
+    """Whether a file of ours is there and whole; a damaged one is made again."""
+    try:
+        if path.suffix == ".parquet":
+            parquet.read_metadata(path)
+        elif path.suffix == ".npz":
+            np.load(path)
+        else:
+            return path.read_text().endswith("\n") and len(pd.read_csv(path).columns) > 1
+    except (OSError, ValueError, zipfile.BadZipFile):  # pyarrow's errors are ValueErrors
+        if path.exists():
+            logging.warning("%s cannot be read and is made again", path)
+        return False
+    return True
 
 
 def _resume() -> bool:
