@@ -1,10 +1,14 @@
-"""Baselines: components that are known beforehand, and what is refused."""
+"""Baselines: components that are known beforehand, one door for all, and what is refused."""
 
+import jax
 import numpy as np
 import pytest
+from scipy import sparse
+from sklearn.cluster import KMeans
 
-from analysis import baselines
-from sae_jax import InputError
+from analysis import baselines, nulls, semi_nmf
+from sae_jax import Dictionary, InputError, SAEConfig, distributed, ensemble, metrics, models
+from sae_jax.state import Normalizer
 
 
 @pytest.fixture(scope="module")
@@ -75,3 +79,103 @@ def test_what_is_refused(mixed: tuple, changed: dict, said: str) -> None:
 def test_other_rows_are_refused(mixed: tuple) -> None:
     with pytest.raises(InputError, match="x has 4 dimensions, PCA has 5"):
         baselines.fit("PCA", mixed[1]).encode(mixed[1][:, :4])
+
+
+def test_reconstructions_lie_where_the_components_say(mixed: tuple) -> None:
+    x = mixed[1].astype(np.float64)
+    for each in baselines.fit_all(x, n_components=2):
+        z = each.encode(x)
+        bias = 0 if each.name == "SVD" else x.mean(axis=0)
+        np.testing.assert_allclose(each.decode(z), z @ each.decoder + bias, atol=1e-6)
+        np.testing.assert_allclose(each.decode(sparse.csr_matrix(z)), each.decode(z))
+        np.testing.assert_allclose(each.encode(x, sparse=True).toarray(), z)
+
+
+def test_clusters_are_one_code_a_row(mixed: tuple) -> None:
+    x = mixed[1].astype(np.float64)
+    found = baselines.clusters(x, 7, seed=3)
+    z = found.encode(x[:50])
+    np.testing.assert_array_equal(z.sum(axis=1), 1)
+    distance = np.linalg.norm(x[:50, None] - found.decoder, axis=2)
+    np.testing.assert_array_equal(z.argmax(axis=1), distance.argmin(axis=1))
+    score = baselines.reconstruction(found, x)
+    inertia = KMeans(7, n_init=1, random_state=3).fit(x).inertia_
+    assert score["r2"] == pytest.approx(1 - inertia / np.square(x - x.mean(axis=0)).sum())
+    assert (score["l0"], score["active"]) == (1, 7)
+
+
+def test_random_directions_are_those_of_the_null(mixed: tuple) -> None:
+    x = mixed[1].astype(np.float64)
+    density = np.array([0.02, 0.3, 0.5, 0.5])
+    found = baselines.random_directions(x, density, seed=4)
+    z = found.encode(x)
+    np.testing.assert_allclose(
+        z, nulls.random_directions(x, density, 4).toarray(), rtol=1e-5, atol=1e-6
+    )
+    score = baselines.reconstruction(found, x)
+    assert score["l0"] == pytest.approx(density.sum(), abs=0.01)
+    # The decoder is the best there is.
+    design = np.column_stack([z, np.ones(len(x))])
+    error = np.square(x - design @ np.linalg.lstsq(design, x, rcond=None)[0]).sum()
+    assert score["r2"] == pytest.approx(1 - error / np.square(x - x.mean(axis=0)).sum(), abs=1e-6)
+    with pytest.raises(InputError, match="density must be shares above 0"):
+        baselines.random_directions(x, [0.5, 0])
+
+
+def test_the_door_measures_a_dictionary_as_training_does(mixed: tuple) -> None:
+    x = mixed[1]
+    config = SAEConfig(d_in=5, n_latents=16, input_normalization="zscore", seed=2)
+    params = models.init(2, config.architecture, np.float32)
+    normalizer = Normalizer(x.mean(axis=0), x.std(axis=0))
+    found = baselines.reconstruction(Dictionary(config, params, normalizer), x)
+    mesh = distributed.member_mesh(1)
+    wanted = metrics.evaluate(
+        jax.tree.map(lambda leaf: leaf[None], params),
+        ensemble.stack_hyperparams([config], mesh, np.float32),
+        x, normalizer, architecture=config.architecture, mesh=mesh,
+    )  # fmt: skip
+    for name in ("r2", "r2_scalar_mean", "l0"):
+        assert found[name] == pytest.approx(wanted[name][0], rel=1e-5)
+    assert found["active"] == wanted["live"][0]
+    assert found["sparsity"] == pytest.approx(1 - found["l0"] / 16)
+
+
+def test_the_door_does_not_depend_on_blocks(mixed: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = baselines.clusters(mixed[1], 5)
+    whole = baselines.reconstruction(found, mixed[1])
+    monkeypatch.setattr(baselines, "ROWS", 700)
+    assert baselines.reconstruction(found, mixed[1]) == pytest.approx(whole)
+    with pytest.raises(InputError, match="nothing to explain"):
+        baselines.reconstruction(found, np.ones((5, 5)))
+
+
+def test_one_table_of_all_methods(mixed: tuple) -> None:
+    sources, x = mixed[0][:400], mixed[1][:400]
+    rng = np.random.default_rng(5)
+    labels = np.array(["low", "first", "second"])[
+        np.where(sources[:, :2].max(axis=1) < 0.7, 0, 1 + sources[:, :2].argmax(axis=1))
+    ]
+    genes = np.log1p(rng.poisson(np.column_stack([sources, np.ones((400, 5))])))
+    train, test = np.arange(250), np.arange(250, 400)
+    coders = {
+        "ICA": baselines.fit("ICA", x[train]),
+        "semi-NMF": semi_nmf.fit(x[train], 8, iterations=30),
+        "k-means": baselines.clusters(x[train], 20),
+        "k-means, 2": baselines.clusters(x[train], 2),
+    }
+    table, probes = baselines.compare(
+        coders, x[train], x[test], labels[train], labels[test], genes[train],
+        sparse.csr_matrix(genes[test]), max_iter=100,
+    )  # fmt: skip
+    assert table.index.tolist() == [*coders, "neurons", "genes, L1 logistic", "genes, markers"]
+    assert set(probes) == set(table.index)
+    assert (table["rows"] == 150).all()
+    assert table["accuracy"].idxmin() == "k-means, 2"
+    assert table.loc[["ICA", "neurons"], "accuracy"].min() > 0.85
+    assert table.loc["k-means", "r2"] > table.loc["k-means, 2", "r2"]
+    assert table.loc["neurons":, "r2"].isna().all()
+    assert 2 <= table.loc["genes, L1 logistic", "active"] <= 8
+    row, probe = baselines.evaluate(coders["ICA"], x[train], x[test])
+    assert probe is None
+    assert np.isnan(row["accuracy"])
+    assert row["r2"] == table.loc["ICA", "r2"]
