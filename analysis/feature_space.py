@@ -43,7 +43,7 @@ class FeatureTerms:
 
 
 def feature_terms(named: Matrix, terms: Sequence[str]) -> FeatureTerms:
-    """From booleans [features, terms], such as `annotation.Annotation.names()`."""
+    """From booleans [features, terms], such as `Lens.named()`."""
     if np.ndim(named) != 2 or named.dtype != bool or named.shape[1] != len(terms):
         raise InputError(
             f"named is {getattr(named, 'dtype', type(named))} of shape {np.shape(named)} for "
@@ -58,7 +58,7 @@ def feature_terms(named: Matrix, terms: Sequence[str]) -> FeatureTerms:
 
 
 def from_names(terms_of_features: Sequence[Iterable[str]]) -> FeatureTerms:
-    """From the names of the terms of each feature, as `Annotation.naming_terms` lists them."""
+    """From the names of the terms of each feature."""
     members = [sorted(set(names)) for names in terms_of_features]
     terms = sorted(set().union(*members))
     column = {term: number for number, term in enumerate(terms)}

@@ -39,7 +39,7 @@ def relabelled_genes(sets: GeneSets, expression: np.ndarray, seed: int) -> GeneS
 
     Sizes and overlaps of the sets and the expression of their genes stay; what the genes have in
     common goes. Exchanged are genes within strata of about 40, finer than those that
-    `annotation.annotate` tests within.
+    `lens.annotate` tests within.
     """
     rng = np.random.default_rng(seed)
     strata = enrichment.strata_of_rank(expression, 40)

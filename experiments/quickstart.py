@@ -17,6 +17,12 @@ highest validation R² within 0.01 of the best score is taken. Without labels, i
 highest validation R². labels.csv is measured on the other half: cells that chose neither the
 configuration nor the feature, though most of them were among those that it was trained on, without
 their labels. The penalties are in units of embeddings scaled to a mean square of 1 (`scalar`).
+
+The rule of names. A term names a feature by the lens's test `matched` alone: the genes that are up
+in the feature's high cells hold more of the term's genes than genes of like expression would. Genes
+are up at q < 0.01, so that a permuted feature has few; of such features of three data sets
+`matched` names at most 0.7 %. The lens's second condition, that a term moves further than in
+permuted features, is for its wider choice of genes: here it would cost 1 to 14 % of the names.
 """
 
 import json
@@ -33,7 +39,7 @@ from absl import flags, logging
 from scipy import sparse
 
 import sae_jax
-from analysis import annotation, features, nulls, plots
+from analysis import cells, features, gene_sets, lens, nulls, plots
 from experiments import cli, quickstart_page
 from experiments import inputs as reading
 from experiments.inputs import Inputs
@@ -85,7 +91,7 @@ def main() -> None:
     """Runs the program by its flags."""
     # 1. Refuse what is wrong before anything is written.
     out = check_workdir()
-    inputs = reading.read("workdir")
+    inputs = reading.read("workdir", gene_sets.MIN_UNIVERSE)
     halves = label_halves(inputs)
     if FLAGS.sweep:
         run, train = read_sweep(inputs.embedding)
@@ -109,9 +115,8 @@ def main() -> None:
     live = np.flatnonzero(z[train].getnnz(axis=0))  # what fires on held-out cells alone is noise
     z = z[:, live]
     logging.info("naming %d live features by %d gene sets", len(live), len(inputs.sets.names))
-    rule = annotation.Rule(percentile=FLAGS.high_percentile)
-    found = annotation.annotate(z, inputs.expression, inputs.sets, rule)
-    rates = null_rates(z, inputs, rule)
+    found = annotate(z, inputs.expression, inputs.sets)
+    rates = null_rates(z, inputs)
 
     # 4. Write tables, figures and the page.
     table = features_table(z, live, found, inputs.labels)
@@ -125,7 +130,7 @@ def main() -> None:
     )
     with files.write_aside(out / "features.h5ad") as fresh:
         adata.write_h5ad(fresh, compression="gzip")
-    annotation.write(found, table.index.to_numpy(), out / "enrichment.parquet")
+    lens.write(found, table.index.to_numpy(), out / "enrichment.parquet")
     best = None if inputs.labels is None else label_table(z, inputs, halves, table)
     if best is not None:
         with files.write_aside(out / "labels.csv") as fresh:
@@ -321,9 +326,22 @@ def choose(run: sae_jax.Run, inputs: Inputs, half: np.ndarray) -> tuple[int, str
     )
 
 
-def null_rates(
-    z: sparse.csr_matrix, inputs: Inputs, rule: annotation.Rule
-) -> dict[str, dict[str, float]]:
+def annotate(
+    z: sparse.csr_matrix, expression: cells.Expression, sets: gene_sets.GeneSets
+) -> lens.Lens:
+    """Every feature against every gene set, by a rule for hundreds of cells and up: what is up is
+    up clearly (no second stage), and a few dozen cells are high of some hundreds."""
+    rule = lens.Rule(
+        percentile=FLAGS.high_percentile, gene_q=0.01, fold_change=1.5, fallback_p=None,
+        direction="up", pseudocount=0.1, naming=("matched",),
+    )  # fmt: skip
+    found, _ = lens.annotate(
+        z, expression, sets, rule, null_features=0, top_genes=10, progress=False
+    )
+    return found
+
+
+def null_rates(z: sparse.csr_matrix, inputs: Inputs) -> dict[str, dict[str, float]]:
     """Share of features that each test names when cells, or genes, mean nothing."""
     rng = np.random.default_rng(FLAGS.seed)
     some = np.sort(rng.permutation(z.shape[1])[:NULL_FEATURES])
@@ -332,20 +350,19 @@ def null_rates(
     shuffled = nulls.permuted_cells(z, FLAGS.seed)
     relabelled = nulls.relabelled_genes(inputs.sets, means, FLAGS.seed)
     found = {
-        "cells permuted": annotation.annotate(shuffled, expression, inputs.sets, rule),
-        "genes relabelled": annotation.annotate(z, expression, relabelled, rule),
+        "cells permuted": annotate(shuffled, expression, inputs.sets),
+        "genes relabelled": annotate(z, expression, relabelled),
     }
     return {
-        name: {test: null.share_named(test) for test in annotation.TESTS}
-        for name, null in found.items()
+        name: {test: null.share_named(test) for test in null.log_p} for name, null in found.items()
     }
 
 
 def features_table(
-    z: sparse.csr_matrix, live: np.ndarray, found: annotation.Annotation, labels: pd.Series | None
+    z: sparse.csr_matrix, live: np.ndarray, found: lens.Lens, labels: pd.Series | None
 ) -> pd.DataFrame:
     """One row a live feature, as var of features.h5ad; a slash in a label becomes a bar there."""
-    table = features.activity(z).set_index(pd.Index([f"feature_{latent}" for latent in live]))
+    table = features.activity(z).set_index(pd.Index(lens.feature_names(live)))
     table.insert(0, "latent", live)
     table["best_label"] = _text([None] * len(live))
     if labels is not None:
@@ -354,17 +371,20 @@ def features_table(
             table[quickstart_page.auroc_column(name)] = column
         table["best_label"] = _text(names[areas.argmax(axis=1)])
         table["best_label_auroc"] = areas.max(axis=1)
-    terms = found.naming_terms(3)
-    position = {term: i for i, term in enumerate(found.terms)}
-    q = found.tests["matched"].q
-    table["best_term"] = _text([best[0] if best else None for best in terms])
-    table["best_term_q"] = [
-        q[i, position[best[0]]] if best else np.nan for i, best in enumerate(terms)
-    ]
-    table["top_terms"] = ["; ".join(best) for best in terms]
-    table["fisher_terms"] = ["; ".join(best) for best in found.naming_terms(3, "fisher")]
-    table["top_genes"] = [", ".join(genes) for genes in found.top_genes]
+    terms, fisher = (found.best(3, test).query("named") for test in (None, "fisher"))
+    best = terms.drop_duplicates("feature").set_index("feature").reindex(range(len(live)))
+    table["best_term"] = _text([None if pd.isna(term) else term for term in best["term"]])
+    table["best_term_q"] = 10 ** -best["log10_q"].to_numpy(np.float64)
+    table["top_terms"] = _joined(terms, "term", "; ", len(live))
+    table["fisher_terms"] = _joined(fisher, "term", "; ", len(live))
+    table["top_genes"] = _joined(found.top, "gene", ", ", len(live))
     return table
+
+
+def _joined(rows: pd.DataFrame, column: str, between: str, count: int) -> list[str]:
+    """The column's values of each of so many features, in the order of the rows."""
+    lists = rows.groupby("feature", sort=False)[column].agg(list)
+    return [between.join(lists.get(feature, ())) for feature in range(count)]
 
 
 def _text(values: Sequence[str | None]) -> pd.Categorical:

@@ -12,8 +12,8 @@ import anndata
 import pandas as pd
 
 from analysis import plots, report
-from analysis.annotation import Annotation
 from analysis.gene_sets import Coverage
+from analysis.lens import Lens
 
 FILES = {
     "report.html": "the page: everything below, to look at",
@@ -22,7 +22,7 @@ FILES = {
     "choice.json": "the chosen dictionary, and why",
     "dictionaries": "one folder a configuration: cfg.json, sae_weights.safetensors",
     "features.h5ad": "cells × live features of the chosen dictionary; var names them",
-    "enrichment.parquet": "feature × term × test: size, hits, effect, p, q, q_all",
+    "enrichment.parquet": "feature × term: size, hits, effects, every test's -log10 p and q",
     "labels.csv": "the best feature of every label, measured on cells not used to choose",
     "figures": "frontier, label_auroc, cells: PNG and PDF",
 }
@@ -45,7 +45,7 @@ class Findings:
     best: pd.DataFrame | None
     coverage: Coverage
     universe: int
-    found: Annotation
+    found: Lens
     null_rates: dict[str, dict[str, float]]
     settings: dict[str, Any]
 
@@ -195,14 +195,13 @@ def _sections(findings: Findings, pictures: dict[str, Path]) -> list[tuple[str, 
                         f"A gene is up at q < {rule.gene_q:g} and a fold change of mean counts of "
                         f"at least {rule.fold_change:g} ({rule.pseudocount:g} added to both).",
                         "A term names a feature if the genes that are up hold more of its genes "
-                        "than genes of like expression would (strata of about a hundred), at "
-                        f"q < {rule.term_q:g} over the terms (Benjamini-Hochberg), with at least "
-                        f"{rule.hits} hits. The universe are the {findings.universe} measured "
-                        f"genes. Features of fewer than {rule.cells} high cells are not named, nor "
-                        "those with few silent cells.",
-                        "Fisher's exact test and Mann-Whitney on the ranking of all genes are in "
-                        "enrichment.parquet too, and name nothing: see what they find when there "
-                        "is nothing to find.",
+                        "than genes of like expression would (matched; strata of about a hundred), "
+                        f"at q < {rule.term_q:g} over the terms (Benjamini-Hochberg). The universe "
+                        f"are the {findings.universe} measured genes. Features of fewer than "
+                        f"{rule.cells} high cells are not named, nor those with few silent cells.",
+                        "Fisher's exact and the binomial test of the same genes and Mann-Whitney "
+                        "on the ranking of all genes are in enrichment.parquet too, and name "
+                        "nothing: see what they find when there is nothing to find.",
                     ]
                 ),
                 report.table(_rates(found, rates)),
@@ -230,19 +229,19 @@ def _sections(findings: Findings, pictures: dict[str, Path]) -> list[tuple[str, 
     return sections
 
 
-def _named(found: Annotation) -> str:
+def _named(found: Lens) -> str:
     testable = int(found.testable().sum())
     share = f"{found.share_named():.0%} of those are named by a gene set." if testable else ""
     return f"{testable} have cells enough on both sides to be named; {share}"
 
 
-def _rates(found: Annotation, rates: dict[str, dict[str, float]]) -> pd.DataFrame:
+def _rates(found: Lens, rates: dict[str, dict[str, float]]) -> pd.DataFrame:
     """Share of features that each test names: here, and under each null."""
     return pd.DataFrame(
         [
             {"share named by": test, "these features": found.share_named(test)}
             | {name: null[test] for name, null in rates.items()}
-            for test in found.tests
+            for test in found.log_p
         ]
     )
 

@@ -1,5 +1,6 @@
 """A whole dictionary at once equals its parts, and names nothing where there is nothing."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import sparse, stats
 
-from analysis import calibration, cells, differential, enrichment, gene_sets, lens
+from analysis import calibration, cells, differential, enrichment, gene_sets, lens, nulls
 from analysis.cells import Expression
 from analysis.gene_sets import GeneSets
 from analysis.groups import top_cells
@@ -19,16 +20,26 @@ from sae_jax.errors import InputError
 CELLS, GENES, FEATURES = 600, 400, 11
 TERMS = 20
 RULE = Rule(percentile=90, gene_q=0.01, fold_change=1.2)
+# One overlap test alone, of genes that are up beyond doubt: the quickstart's.
+UP = Rule(
+    percentile=90, gene_q=0.01, fold_change=1.5, fallback_p=None, direction="up", pseudocount=0.1,
+    naming=("matched",),
+)  # fmt: skip
+ALONE = {"null_features": 0, "progress": False}
+
+
+def drawn(rate: np.ndarray) -> Expression:
+    """Poisson counts of these rates [cells, genes]."""
+    x = np.log1p(np.random.default_rng(1).poisson(rate)).astype(np.float32)
+    return Expression(sparse.csr_matrix(x), np.asarray([f"G{g}" for g in range(GENES)]))
 
 
 @pytest.fixture(scope="module")
 def expression() -> Expression:
     """Two weak programs of twenty genes, each on in a sixth of the cells."""
-    rng = np.random.default_rng(1)
     rate = np.full((CELLS, GENES), 0.5)
     rate[:100, :20] = rate[100:200, 20:40] = 1.2
-    x = np.log1p(rng.poisson(rate)).astype(np.float32)
-    return Expression(sparse.csr_matrix(x), np.asarray([f"G{g}" for g in range(GENES)]))
+    return drawn(rate)
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +63,15 @@ def made(
     z: sparse.csr_matrix, expression: Expression, sets: GeneSets
 ) -> tuple[lens.Lens, dict[str, calibration.Calibration]]:
     return lens.annotate(z, expression, sets, RULE, null_features=60, bins=2, progress=False)
+
+
+@pytest.fixture(scope="module")
+def real(data_folder: Path) -> tuple[Expression, GeneSets]:
+    """A third of the Zheng cells, and GO."""
+    adata = cells.read(data_folder / "data/counts/zheng_facs_pbmc_3774x16791.h5ad")[::3].copy()
+    expression = cells.expression(adata, "X", "counts", "symbol")
+    path = data_folder / "data/genesets/GO_Biological_Process_2021.gmt"
+    return expression, gene_sets.read(path, expression.genes, 20, 500)
 
 
 def test_every_table_equals_the_tests_made_one_by_one(
@@ -96,6 +116,31 @@ def test_every_table_equals_the_tests_made_one_by_one(
         assert rows["q"].iloc[0] == pytest.approx(gene_q[feature, gene])
 
 
+def test_one_feature_equals_scipy_from_the_cells_on(
+    z: sparse.csr_matrix, expression: Expression, sets: GeneSets
+) -> None:
+    found, _ = lens.annotate(z, expression, sets, UP, **ALONE)
+    x, activation = expression.x.toarray().astype(np.float64), z.toarray()[:, 0].astype(np.float64)
+    high, low = x[activation > np.percentile(activation, 90)], x[activation == 0]
+    welch = stats.ttest_ind(high, low, equal_var=False)
+    fold = (np.expm1(high).mean(0) + 0.1) / (np.expm1(low).mean(0) + 0.1)
+    up = (stats.false_discovery_control(welch.pvalue) < UP.gene_q) & (fold >= UP.fold_change)
+    up &= welch.statistic > 0
+    assert found.n_relevant[0] == up.sum() > 5
+    for term in range(TERMS):
+        inside = np.arange(GENES) // 20 == term
+        table = [[(up & inside).sum(), (up & ~inside).sum()],
+                 [(~up & inside).sum(), (~up & ~inside).sum()]]  # fmt: skip
+        fisher = stats.fisher_exact(table, alternative="greater").pvalue
+        assert found.log_p["fisher"][0, term] == pytest.approx(-np.log10(fisher), rel=1e-5)
+        assert found.hits[0, term] == table[0][0]
+        t = np.round(welch.statistic, 9)
+        ranked = stats.mannwhitneyu(t[inside], t[~inside], method="asymptotic").pvalue
+        assert found.log_p["mann_whitney"][0, term] == pytest.approx(-np.log10(ranked), rel=1e-5)
+    best = np.argsort(-welch.statistic)[:50]
+    assert found.top.query("feature == 0")["gene"].tolist() == expression.genes[best].tolist()
+
+
 def test_the_features_with_a_program_are_named(
     made: tuple[lens.Lens, dict[str, calibration.Calibration]],
 ) -> None:
@@ -111,6 +156,83 @@ def test_the_features_with_a_program_are_named(
     assert best.query("feature == 1 and side == 'down'")["term"].iloc[0] == "set 0"
     assert (best["auc"] > 0.5).eq(best["side"] == "up").all()
     assert best.groupby(["feature", "side"], observed=True)["log10_p"].is_monotonic_decreasing.all()
+
+
+def test_a_feature_of_few_cells_is_tested_and_not_named(sets: GeneSets) -> None:
+    """Of few silent ones neither: a quarter of the high cells, and no fewer than the rule's."""
+    rate = np.full((CELLS, GENES), 0.5)
+    rate[:10, :20] = 4
+    z = np.zeros((CELLS, 4))
+    z[:9, 0] = 1
+    z[:10, 1] = 1
+    z[9:, 2] = np.arange(9, CELLS)  # 60 high cells and 9 silent
+    z[15:, 3] = np.arange(15, CELLS)  # and 15
+    strict, lenient = (
+        lens.annotate(sparse.csr_matrix(z), drawn(rate), sets, rule, **ALONE)[0]
+        for rule in (UP, dataclasses.replace(UP, cells=9, direction="both"))
+    )
+    assert strict.testable().tolist() == [False, True, False, True]
+    assert UP.testable(np.array([12, 12]), np.array([9, 10])).tolist() == [False, True]
+    assert lenient.testable().tolist() == [True, True, False, True]
+    assert not strict.named()[[0, 2]].any()
+    assert strict.named()[1, 0]
+    assert lenient.named()[0, 0]
+    assert (strict.log_p["fisher"][0] > 2).any()
+
+
+def test_an_overlap_test_names_on_the_side_of_its_genes(sets: GeneSets) -> None:
+    """Six of a set's twenty genes are far up and the rest a little down: each is found on its own
+    side, whatever the ranks say; and not by tests that find the set on different sides."""
+    rate = np.full((CELLS, GENES), 0.6)
+    rate[:100, :6], rate[:100, 6:20] = 6, 0.3
+    expression = drawn(rate)
+    z = sparse.csr_matrix((np.arange(CELLS) < 100)[:, None] * 1.0)
+
+    def annotate(direction: str, *naming: str) -> lens.Lens:
+        rule = dataclasses.replace(
+            UP, percentile=80, direction=direction, naming=naming, fold_change=1.2
+        )
+        call = {"null_features": 40 * ("change" in naming), "bins": 1, "progress": False}
+        return lens.annotate(z, expression, sets, rule, **call)[0]
+
+    for direction, sign in (("up", 1), ("down", -1)):
+        found = annotate(direction, "matched")
+        assert found.z[0, 0] < 0
+        assert np.flatnonzero(found.named()[0]).tolist() == [0]
+        for test in ("matched", "fisher", "binomial"):
+            assert (found.side(test) == sign).all()
+        best = found.best(1).query("named")
+        assert best[["side", "term"]].to_numpy().tolist() == [[direction, "set 0"]]
+        t = found.top["t"].to_numpy()
+        assert (sign * t > 0).all()
+        assert (np.diff(sign * t) <= 0).all()
+        assert found.side("mann_whitney")[0, 0] == -1
+    assert annotate("both", "matched").side("matched")[0, 0] == -1  # the ranks', for want of one
+
+    for order in (("change", "matched"), ("matched", "change")):
+        agree, contradict = annotate("up", *order), annotate("down", *order)
+        assert agree.change[0, 0] > 0
+        assert agree.named()[0, 0]
+        assert all(contradict.named(test)[0, 0] for test in order)
+        assert not contradict.named()[0].any()
+
+
+@pytest.mark.parametrize("terms", [1, 2])
+def test_few_terms_are_calibrated_as_many_are(
+    z: sparse.csr_matrix, expression: Expression, terms: int
+) -> None:
+    chosen = {f"set {i}": [f"G{20 * i}", f"G{20 * i + 1}"] for i in (0, 7)[:terms]}
+    sets = gene_sets.from_sets(chosen, expression.genes, 2, 100)
+    rule = dataclasses.replace(RULE, naming=("change",))
+    found, known = lens.annotate(
+        z, expression, sets, rule, null_features=200, bins=2, progress=False
+    )
+    assert found.named()[0].tolist() == [True, False][:terms]
+    assert np.isfinite(known["change"].inflation).all()
+    rng = np.random.default_rng(3)
+    none = sparse.csr_matrix(rng.permuted(np.repeat(z[:, [0]].toarray(), 300, axis=1), axis=0))
+    call = {"null_features": 0, "known": known, "progress": False}
+    assert lens.annotate(none, expression, sets, rule, **call)[0].share_named() <= 0.05
 
 
 @pytest.mark.parametrize(
@@ -287,15 +409,15 @@ def test_bad_input(z: sparse.csr_matrix, expression: Expression, sets: GeneSets)
         lens.annotate(z, expression, sets, RULE, null_features=5, progress=False)
 
 
-def test_permuted_cells_are_not_named_after_calibration(data_folder: Path) -> None:
-    """Features of the Zheng cells that the calibration has not seen, at two group sizes."""
-    adata = cells.read(data_folder / "data/counts/zheng_facs_pbmc_3774x16791.h5ad")[::3].copy()
-    expression = cells.expression(adata, "X", "counts", "symbol")
-    path = data_folder / "data/genesets/GO_Biological_Process_2021.gmt"
-    sets = gene_sets.read(path, expression.genes, 20, 500)
+def test_permuted_cells_are_not_named_after_calibration(
+    real: tuple[Expression, GeneSets],
+) -> None:
+    """Features of real cells that the calibration has not seen, at two group sizes."""
+    expression, sets = real
+    n_cells = expression.x.shape[0]
     rng = np.random.default_rng(0)
     density = np.repeat([0.03, 0.16], 40)
-    z = rng.uniform(1, 2, (adata.n_obs, 80)) * (rng.random((adata.n_obs, 80)) < density)
+    z = rng.uniform(1, 2, (n_cells, 80)) * (rng.random((n_cells, 80)) < density)
     found, _ = lens.annotate(
         sparse.csr_matrix(z), expression, sets, Rule(percentile=84), null_features=150, bins=2,
         progress=False, matched=False,
@@ -322,3 +444,59 @@ def test_a_calibration_is_made_for_the_sizes_that_can_be_named(
     assert np.isnan(none.log_p["change"]).all()
     assert not none.named().any()
     assert len(none.best()) == 0
+
+
+def test_genes_up_beyond_doubt_name_few_permuted_features(
+    real: tuple[Expression, GeneSets],
+) -> None:
+    """By the matched test alone, uncalibrated; Mann-Whitney names most of them. Nor do features
+    that are silent in a handful of cells, where a gene that is absent has no variance, get names
+    from noise."""
+    expression, sets = real
+    n_cells = expression.x.shape[0]
+    rng = np.random.default_rng(0)
+    z = rng.exponential(size=(n_cells, 160))
+    z[:, :80] *= rng.random((n_cells, 80)) < 0.15
+    for feature, silent in enumerate(np.repeat([2, 5, 12, 32], 20), 80):
+        z[rng.choice(n_cells, silent, replace=False), feature] = 0
+    found, _ = lens.annotate(sparse.csr_matrix(z), expression, sets, UP, **ALONE)
+    assert found.testable().tolist() == [True] * 80 + [False] * 60 + [True] * 20
+    assert (found.n_relevant[140:] > 0).any()
+    for test in ("matched", "fisher"):
+        named = found.named(test).any(axis=1)
+        assert not named[80:140].any()
+        assert named[:80].mean() <= 0.05
+        assert named[140:].mean() <= 0.05
+    assert found.named("mann_whitney").any(axis=1)[:80].mean() > 0.2
+
+
+def test_genes_exchanged_for_others_of_like_expression_are_not_named(
+    real: tuple[Expression, GeneSets],
+) -> None:
+    """Selections that follow expression alone: Fisher finds sets in them, the matched test none."""
+    expression, sets = real
+    means = np.asarray(expression.x.mean(axis=0)).ravel()
+    rng = np.random.default_rng(0)
+    chance = 300 * means**0.7 / (means**0.7).sum()
+    selected = rng.random((100, means.size)) < chance
+    strata = enrichment.strata_of_rank(means)
+    matched = enrichment.matched_overlap(selected, sets.membership, strata)
+    fisher = enrichment.hypergeometric(selected, sets.membership)
+    share = [
+        (enrichment.benjamini_hochberg(p) < 0.05).any(axis=1).mean() for p in (matched.p, fisher.p)
+    ]
+    assert share[0] <= 0.05
+    assert share[1] > 0.5
+
+    moved = nulls.relabelled_genes(sets, means, seed=0)
+    sizes = [np.asarray(s.membership.sum(axis=1)).ravel() for s in (sets, moved)]
+    np.testing.assert_array_equal(*sizes)
+    level = [np.asarray(s.membership @ means).ravel() / sizes[0] for s in (sets, moved)]
+    assert np.median(np.abs(level[1] / level[0] - 1)) < 0.03
+    assert (sets.membership != moved.membership).nnz > sets.membership.nnz
+
+
+def test_permuted_cells_depend_on_their_seed(z: sparse.csr_matrix) -> None:
+    null = nulls.permuted_cells(z, seed=0)
+    assert (nulls.permuted_cells(z, seed=0) != null).nnz == 0
+    assert (nulls.permuted_cells(z, seed=1) != null).nnz > 0

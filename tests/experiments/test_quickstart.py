@@ -1,8 +1,11 @@
+import contextlib
+import io
 import json
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +19,22 @@ from scipy import sparse
 
 import extract
 import sae_jax
-from experiments import quickstart
+from analysis import plots
+from experiments import quickstart, quickstart_page
 from extract import store
 from sae_jax import InputError, data
 
 GENES, CELLS, PROGRAM = 240, 360, 20
-SMALL = {"n_latents": 100, "steps": 60, "seeds": 1, "pca": 8, "min_size": 5}
+SMALL = {"n_latents": 100, "steps": 600, "seeds": 1, "pca": 6, "min_size": 5}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def plain_pictures() -> Iterator[None]:
+    """Few panels, and no UMAP, which compiles for half a minute (test_pictures draws it)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "plane", lambda x: (x[:, :2], "UMAP"))
+        patch.setattr(quickstart_page, "PANELS", 2)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -43,53 +56,78 @@ def cells() -> anndata.AnnData:
         var=pd.DataFrame({"symbol": [f"S{g}" for g in range(GENES)]},
                          index=[f"G{g}" for g in range(GENES)]),
         layers={"log": sparse.csr_matrix(log)},
-        obsm={"X_some": rng.normal(size=(CELLS, 6)), "X_bad": np.full((CELLS, 4), np.nan)},
+        obsm={"X_some": rng.normal(3 * np.eye(6)[kind]), "X_bad": np.full((CELLS, 4), np.nan)},
     )  # fmt: skip
 
 
-@pytest.fixture
-def gmt(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def inputs(cells: anndata.AnnData, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """cells.h5ad; sets.gmt, their three programs and twelve sets of others; symbols.gmt, the same
+    by the genes' other names."""
+    folder = tmp_path_factory.mktemp("inputs")
+    cells.write_h5ad(folder / "cells.h5ad")
     lines = [
         "\t".join([f"program {'ABC'[k]}", "made", *[f"G{k * PROGRAM + g}" for g in range(PROGRAM)]])
         for k in range(3)
     ]
     lines += ["\t".join([f"random {i}", "made", *[f"G{60 + 15 * i + g}" for g in range(15)]])
               for i in range(12)]  # fmt: skip
-    path = tmp_path / "sets.gmt"
-    path.write_text("\n".join(lines) + "\n")
-    return path
+    text = "\n".join(lines) + "\n"
+    (folder / "sets.gmt").write_text(text)
+    (folder / "symbols.gmt").write_text(text.replace("\tG", "\tS"))
+    return folder
+
+
+def program(inputs: Path, out: Path, **given: Any) -> Path:
+    """Runs the program in this process, with the settings `given` and, for all others, `SMALL`."""
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS(["quickstart"])
+    settings = {
+        "h5ad": str(inputs / "cells.h5ad"), "expression_is": "counts", "label": "kind",
+        "gene_sets": str(inputs / "sets.gmt"), "workdir": str(out), **SMALL, **given,
+    }  # fmt: skip
+    with flagsaver.flagsaver():  # which forgets the flags defined within
+        quickstart.define_flags()
+        for name, value in settings.items():
+            setattr(flags.FLAGS, name, value)
+        quickstart.main()
+    return out
 
 
 @pytest.fixture
-def run(cells: anndata.AnnData, gmt: Path, tmp_path: Path) -> Callable[..., Path]:
-    """Runs the program in this process: `run(flag=value, change=function of the AnnData)`."""
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS(["quickstart"])
+def run(cells: anndata.AnnData, inputs: Path, tmp_path: Path) -> Callable[..., Path]:
+    """`run(flag=value, change=function of the AnnData)`, into a folder of the test's own."""
 
     def call(change: Callable[[anndata.AnnData], Any] | None = None, **given: Any) -> Path:
-        adata = cells.copy()
         if change is not None:
+            adata = cells.copy()
             adata = change(adata) or adata
-        adata.write_h5ad(tmp_path / "cells.h5ad")
-        settings = {
-            "h5ad": str(tmp_path / "cells.h5ad"), "expression_is": "counts", "label": "kind",
-            "gene_sets": str(gmt), "workdir": str(tmp_path / "out"), **SMALL, **given,
-        }  # fmt: skip
-        with flagsaver.flagsaver():  # which forgets the flags defined within
-            quickstart.define_flags()
-            for name, value in settings.items():
-                setattr(flags.FLAGS, name, value)
-            quickstart.main()
-        return tmp_path / "out"
+            adata.write_h5ad(tmp_path / "cells.h5ad")
+            given["h5ad"] = str(tmp_path / "cells.h5ad")
+        return program(inputs, tmp_path / "out", **given)
 
     return call
 
 
-def test_every_file_is_there_and_names_the_planted_programs(
-    run: Callable[..., Path], cells: anndata.AnnData, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = run(steps=1000)
+@pytest.fixture(scope="module")
+def finished(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder of a run by all defaults, and what it printed."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        out = program(inputs, tmp_path_factory.mktemp("finished") / "out")
+    return out, printed.getvalue()
 
+
+@pytest.fixture
+def earlier(finished: tuple[Path, str], tmp_path: Path) -> Path:
+    """The same, in the folder that `run` fills."""
+    return shutil.copytree(finished[0], tmp_path / "out")
+
+
+def test_every_file_is_there_and_names_the_planted_programs(
+    finished: tuple[Path, str], cells: anndata.AnnData
+) -> None:
+    out, printed = finished
     results = pd.read_parquet(out / "results.parquet")
     assert len(results) == 14  # five penalties each of two presets, four k of the third, one seed
     assert len(list((out / "dictionaries").iterdir())) == 14
@@ -105,48 +143,42 @@ def test_every_file_is_there_and_names_the_planted_programs(
     np.testing.assert_allclose(found.var["density"], found.X.getnnz(axis=0) / CELLS)
 
     labels = pd.read_csv(out / "labels.csv").set_index("label")
-    for letter in "ABC":
+    for number, letter in enumerate("ABC"):
         row = labels.loc[f"kind {letter}/x"]
         assert row["best_term"] == f"program {letter}"
         assert row["auroc"] > 0.85
-        assert found.var.loc[row["feature"], "best_term"] == f"program {letter}"
-
-    table = pd.read_parquet(out / "enrichment.parquet")
-    assert list(table) == ["feature", "term", "test", "size", "hits", "effect", "p", "q", "q_all"]
-    assert len(table) == found.n_vars * 15 * 3
-    assert set(table["test"]) == {"matched", "fisher", "mann_whitney"}
-    assert set(table["feature"]) == set(found.var_names)
+        feature = found.var.loc[row["feature"]]
+        assert feature["best_term"] == f"program {letter}"
+        assert feature["top_terms"].split("; ")[0] == f"program {letter}"
+        genes = [int(gene.removeprefix("G")) for gene in feature["top_genes"].split(", ")]
+        assert len(genes) == 10
+        assert {gene // PROGRAM for gene in genes} == {number}
 
     page = (out / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 3
     assert "http" not in page  # self-contained: nothing is fetched
-    printed = capsys.readouterr().out
     assert str(out) in printed
     assert "program A" in printed
 
 
-def test_features_are_those_of_the_saved_dictionary(
-    run: Callable[..., Path], cells: anndata.AnnData
-) -> None:
-    out = run(embedding="X_some")
-    found = anndata.read_h5ad(out / "features.h5ad")
-    member = json.loads(found.uns["quickstart"])["member"]
-    dictionary = sae_jax.Dictionary.load(out / "dictionaries" / f"{member:04d}")
-    z = dictionary.encode(cells.obsm["X_some"].astype(np.float32))
-    np.testing.assert_array_equal(found.X.toarray(), z[:, found.var["latent"]])
-
-
-def test_log_layer_and_symbols_name_the_same_genes(run: Callable[..., Path], gmt: Path) -> None:
-    gmt.write_text(gmt.read_text().replace("\tG", "\tS"))
-    out = run(expression="log", expression_is="log1p", gene_symbols="symbol", steps=200)
-    assert set(pd.read_csv(out / "labels.csv")["best_term"]) >= {"program A", "program B"}
-
-
-def test_runs_without_labels(run: Callable[..., Path]) -> None:
-    out = run(label=None)
-    found = anndata.read_h5ad(out / "features.h5ad")
-    assert not [column for column in found.var if column.startswith("auroc:")]
-    assert not (out / "labels.csv").exists()
+def test_the_long_table_says_what_names_a_feature(finished: tuple[Path, str]) -> None:
+    table = pd.read_parquet(finished[0] / "enrichment.parquet")
+    var = anndata.read_h5ad(finished[0] / "features.h5ad").var
+    effects = ["size", "hits", "fold", "change", "auc", "z"]
+    tests = ["mann_whitney", "fisher", "binomial", "matched"]
+    logs = [f"log10_{kind}_{test}" for test in tests for kind in ("p", "q", "q_all")]
+    assert list(table) == ["feature", "term", *effects, *logs]
+    assert len(table) == len(var) * 15
+    assert set(table["feature"]) == set(var.index)
+    best = table.sort_values("log10_p_matched", ascending=False, kind="stable")
+    best = best.drop_duplicates("feature").set_index("feature").loc[var.index]
+    named = var["best_term"].notna()
+    assert 0 < named.sum() < len(named)
+    assert (var["best_term"][named].astype(str) == best["term"][named].astype(str)).all()
+    q = 10.0 ** -best["log10_q_matched"]
+    np.testing.assert_allclose(var["best_term_q"][named], q[named], rtol=1e-5)
+    assert q[named].max() < 0.05
+    assert (var["top_terms"][~named] == "").all()
 
 
 def _twice(names: list[str]) -> list[str]:
@@ -192,6 +224,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         "1 gene names occur twice.*G1",
     ),
     "sets too large": ({"min_size": 100}, "size"),
+    "few genes": ({"change": lambda a: a[:, :90]}, "90 genes"),
     "no workdir": ({"workdir": None}, "--workdir is needed"),
 }
 
@@ -207,21 +240,41 @@ def test_bad_input_is_one_message_and_leaves_nothing(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_used_folder_is_refused_replaced_or_continued(
-    run: Callable[..., Path], tmp_path: Path
-) -> None:
-    out = run()
-    first = pd.read_parquet(out / "results.parquet")
+def test_a_used_folder_is_refused_or_continued(run: Callable[..., Path], earlier: Path) -> None:
+    first = pd.read_parquet(earlier / "results.parquet")
     with pytest.raises(InputError, match="--overwrite replaces it, --resume continues it"):
         run()
-    with pytest.raises(InputError, match=r"other settings(?s:.*)steps: 60 there, 61 asked for"):
+    with pytest.raises(InputError, match=r"other settings(?s:.*)steps: 600 there, 61 asked for"):
         run(resume=True, steps=61)
-    (out / "report.html").unlink()
+    (earlier / "report.html").unlink()
     run(resume=True)
-    assert (out / "report.html").exists()
-    pd.testing.assert_frame_equal(pd.read_parquet(out / "results.parquet"), first)
-    run(overwrite=True, steps=30)
+    assert (earlier / "report.html").exists()
+    pd.testing.assert_frame_equal(pd.read_parquet(earlier / "results.parquet"), first)
+
+
+def test_a_run_replaces_another_and_needs_no_labels(
+    run: Callable[..., Path], earlier: Path, inputs: Path, cells: anndata.AnnData
+) -> None:
+    """Nor counts, nor a PCA, nor names that are symbols."""
+    first = pd.read_parquet(earlier / "results.parquet")
+    assert (earlier / "labels.csv").exists()
+    out = run(
+        overwrite=True, label=None, embedding="X_some", expression="log", expression_is="log1p",
+        gene_symbols="symbol", gene_sets=str(inputs / "symbols.gmt"),
+    )  # fmt: skip
+    assert out == earlier
     assert not pd.read_parquet(out / "results.parquet").equals(first)
+    assert not (out / "labels.csv").exists()
+    found = anndata.read_h5ad(out / "features.h5ad")
+    assert not [column for column in found.var if column.startswith("auroc:")]
+    assert set(found.var["best_term"].dropna()) == {f"program {letter}" for letter in "ABC"}
+    genes = found.var["top_genes"].replace("", np.nan).dropna()  # few cells, and none can be told
+    assert len(genes) > 3
+    assert genes.str.fullmatch(r"S\d+(, S\d+)*").all()
+    member = json.loads(found.uns["quickstart"])["member"]
+    dictionary = sae_jax.Dictionary.load(out / "dictionaries" / f"{member:04d}")
+    z = dictionary.encode(cells.obsm["X_some"].astype(np.float32))
+    np.testing.assert_array_equal(found.X.toarray(), z[:, found.var["latent"]])
 
 
 def test_a_folder_of_somebody_else_is_never_touched(
@@ -249,31 +302,30 @@ def test_console_script_ignores_folders_of_our_packages_names(tmp_path: Path) ->
     assert not (tmp_path / "out").exists()
 
 
-@pytest.fixture
-def swept(cells: anndata.AnnData, tmp_path: Path) -> tuple[Path, Path]:
+@pytest.fixture(scope="module")
+def swept(cells: anndata.AnnData, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A store with the cells in another order, and a sweep on their programs' totals."""
+    folder = tmp_path_factory.mktemp("swept")
     totals = np.stack([cells.X[:, i : i + 10].sum(axis=1).A1 for i in range(0, 60, 10)], axis=1)
     order = np.random.default_rng(1).permutation(CELLS)
     about = {
         "identity": "i", "pooling": "latent", "empty_cells": [],
         "obs_names_sha256": store.rows_hash(cells.obs.iloc[order], "latent"),
     }  # fmt: skip
-    writer = store.Writer(
-        tmp_path, {"latent": "latent"}, cells.obs.iloc[order], 6, about, "float32"
-    )
+    writer = store.Writer(folder, {"latent": "latent"}, cells.obs.iloc[order], 6, about, "float32")
     writer.write(0, slice(0, CELLS), {"latent": totals[order].astype(np.float32)})
     (path,) = writer.finish()
     train, validation = data.split(CELLS, 0.1, 0)
-    configs = sae_jax.grid(
-        "vanilla", d_in=6, n_latents=30, l1_weight=[0.1, 0.3], learning_rate=1e-2,
-        input_normalization="scalar", batch_size=64,
+    configs = sae_jax.grid(  # as in `finished`, whose compiled program serves again
+        "vanilla", d_in=6, n_latents=100, l1_weight=quickstart.L1_WEIGHTS, learning_rate=1e-3,
+        input_normalization="scalar", batch_size=128,
     )  # fmt: skip
     rows = totals.astype(np.float32)
     sae_jax.train(
-        configs, rows[train], rows[validation], epochs=60, workdir=tmp_path / "sweep",
+        configs, rows[train], rows[validation], epochs=300, workdir=folder / "sweep",
         provenance={"validation_share": 0.1}, progress=False,
     )  # fmt: skip
-    return path, tmp_path / "sweep"
+    return path, folder / "sweep"
 
 
 def test_a_store_and_a_finished_sweep(run: Callable[..., Path], swept: tuple[Path, Path]) -> None:
@@ -296,7 +348,10 @@ def test_a_store_and_a_finished_sweep(run: Callable[..., Path], swept: tuple[Pat
         ({"embedding": "nowhere.zarr"}, "no extraction store"),
         ({"sweep": "nowhere"}, "nowhere/results.parquet is missing"),
         ({"embedding": "X_some"}, "was trained on other rows"),
-        ({"embedding": None}, r"was trained on \[6\] dimensions, the embedding has 8"),
+        (
+            {"embedding": None, "pca": 8},
+            r"was trained on \[6\] dimensions, the embedding has 8",
+        ),
     ],
 )
 def test_stores_and_sweeps_that_do_not_fit(
