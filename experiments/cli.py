@@ -21,12 +21,14 @@ PROGRAMS = {
     "train": "an embedding and one configuration in; a dictionary and its metrics out",
     "lens": "a dictionary, cells and gene sets in; every feature annotated, with nulls, out",
     "lens-compare": "finished runs of the lens in; features matched, shared terms, seeds out",
+    "programs": "layers of a model and cells in; types, genes and marker sets of features out",
     "steer": "a dictionary, cells and a decoder in; what turning features up does, out",
     "sweep": "an embedding in; a dictionary per configuration, their metrics and frontier out",
 }
 MODULES = {  # whose names differ
     "lens": "feature_lens",
     "lens-compare": "feature_lens_compare",
+    "programs": "cell_type_programs",
     "steer": "steering",
 }
 
