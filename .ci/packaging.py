@@ -14,7 +14,7 @@ from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 PACKAGES = ("sae_jax", "extract", "analysis", "experiments")
-DATA = ("analysis/data/immune_programs.gmt",)
+DATA = ("analysis/data/immune_programs.gmt", "analysis/data/cell_cycle.tsv")
 IMPORT_ALL = """
 import importlib, sys
 site, libraries, *names = sys.argv[1:]
