@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Protocol
 import anndata
 import numpy as np
 import pandas as pd
+import scipy.sparse
 import torch
 
 from extract.errors import InputError, listed
@@ -50,12 +51,16 @@ class Plan:
       read: rows (a slice or positions) -> Inputs; each cell's depend on that cell alone.
       settings: all of the preprocessing, for provenance, in JSON's types.
       cls: whether a cell that is a sequence begins with <cls>.
+      genes: names of the genes that are read of the file, or None where no gene is.
+      values: rows -> what inputs are made of, CSR float64 [cells, genes]: of each cell alone.
     """
 
     names: list[str]
     read: Callable[[slice | np.ndarray], Any]
     settings: dict[str, Any]
     cls: bool = True
+    genes: list[str] | None = None
+    values: Callable[[slice | np.ndarray], scipy.sparse.csr_matrix] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

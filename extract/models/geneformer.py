@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import anndata
 import numpy as np
+import scipy.sparse
 import torch
 import transformers
 
@@ -15,8 +16,8 @@ from extract.checkpoints import dtype_of, load_into, read_json, read_weights, sh
 from extract.errors import InputError, listed
 from extract.genes import align
 from extract.models.base import EMBEDDING, Edited, Layer, Plan, device_of, only_known, whole_number
-from extract.models.geneformer_tokens import read_vocabulary
-from extract.models.sequences import Batch, SequenceModel, Sequences, Visit
+from extract.models.geneformer_tokens import RankSwaps, read_vocabulary
+from extract.models.sequences import Batch, Rows, SequenceModel, Sequences, TokenSwaps, Visit
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
@@ -164,7 +165,9 @@ class Geneformer(SequenceModel):
             n_counts = "n_counts"
         given = None if n_counts is None else _totals(adata, n_counts)
 
-        def read(which: slice | np.ndarray) -> Sequences:
+        def counted(
+            which: slice | np.ndarray,
+        ) -> tuple[scipy.sparse.csr_matrix, np.ndarray]:
             block = expression.rows(which)
             check_values(block, self.values, expression.where, "Geneformer")
             totals = totals_of(block)
@@ -177,9 +180,17 @@ class Geneformer(SequenceModel):
                         f"({listed(cells)})"
                     )
                 totals = given[which]
-            chosen = alignment.select(block.astype(np.float64))
+            return alignment.select(block.astype(np.float64)), totals
+
+        def read(which: slice | np.ndarray) -> Sequences:
+            chosen, totals = counted(which)
             ids = words.rank(chosen, totals, max_length)
             return Sequences(ids, None, special, special, np.diff(chosen.indptr) == 0)
+
+        there = np.unique(alignment.index)
+
+        def values(which: slice | np.ndarray) -> scipy.sparse.csr_matrix:
+            return words.unusual(*counted(which))[:, there]
 
         settings = {
             "genes": genes,
@@ -195,7 +206,19 @@ class Geneformer(SequenceModel):
             "dictionaries": words.files,
             "coverage": alignment.describe(),
         }
-        return Plan(expression.names, read, settings, cls=words.cls is not None)
+        found = [self.genes[i] for i in there]
+        return Plan(expression.names, read, settings, words.cls is not None, found, values)
+
+    def exchange(self, plan: Plan, cells: np.ndarray, evaluate: Rows) -> TokenSwaps:
+        """See `SequenceModel.exchange`, and `RankSwaps` for what an exchange is."""
+        words, (before, after) = self._vocabulary, self._vocabulary.special
+        place = {gene: i for i, gene in enumerate(self.genes)}
+        ids = words.gene_tokens[[place[gene] for gene in plan.genes]]
+        most = plan.settings["max_length"] - len(before) - len(after)
+        names = [plan.names[i] for i in cells]
+        return RankSwaps(
+            plan.genes, plan.values(cells), names, before, after, None, evaluate, ids, most
+        )
 
     @property
     def _n_special(self) -> int:

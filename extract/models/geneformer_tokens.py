@@ -13,6 +13,7 @@ import scipy.sparse
 
 from extract.checkpoints import read_json, read_pickle, sha256
 from extract.errors import InputError, listed
+from extract.models.sequences import TokenSwaps
 
 # Each dictionary by the option that names its file, which its file's name contains, too; with the
 # authors' own name for it.
@@ -83,29 +84,90 @@ class Vocabulary:
         # As they are: upper-cased, the symbols of a mouse would pass for those of a human.
         return known, lambda name: name
 
-    def rank(
-        self, counts: scipy.sparse.csr_matrix, totals: np.ndarray, max_length: int
-    ) -> list[np.ndarray]:
-        """Each cell's genes by descending value, special tokens around them, int64 token ids.
-
-        value = count / total of the cell * 10,000 / median of the gene. Equal values go by token
-        id, so the order of a file's genes changes nothing.
+    def unusual(
+        self, counts: scipy.sparse.csr_matrix, totals: np.ndarray
+    ) -> scipy.sparse.csr_matrix:
+        """count / total of the cell * 10,000 / median of the gene, float64 [cells, genes].
 
         Args:
           counts: raw, float64 [cells, genes], columns as `genes` and sorted, no explicit zeros.
           totals: of each cell, over all of its genes, float64 [cells].
-          max_length: tokens a cell, special ones included.
         """
-        before, after = ([] if i is None else [i] for i in (self.cls, self.eos))
-        most = max_length - len(before) - len(after)
         value = counts.data / np.repeat(totals, np.diff(counts.indptr)) * 1e4
         value /= self.medians[counts.indices]
-        tokens = self.gene_tokens[counts.indices]
+        return scipy.sparse.csr_matrix((value, counts.indices, counts.indptr), counts.shape)
+
+    def rank(
+        self, counts: scipy.sparse.csr_matrix, totals: np.ndarray, max_length: int
+    ) -> list[np.ndarray]:
+        """Each cell's genes by descending `unusual` value, int64 token ids, special ones around.
+
+        Equal values go by token id, so the order of a file's genes changes nothing.
+
+        Args:
+          counts, totals: as of `unusual`.
+          max_length: tokens a cell, special ones included.
+        """
+        before, after = self.special
+        most = max_length - len(before) - len(after)
+        values = self.unusual(counts, totals)
         cells = []
-        for start, end in itertools.pairwise(counts.indptr):
-            order = np.argsort(-value[start:end], kind="stable")[:most]
-            cells.append(np.concatenate([before, tokens[start:end][order], after]).astype(np.int64))
+        for start, end in itertools.pairwise(values.indptr):
+            order = np.argsort(-values.data[start:end], kind="stable")[:most]
+            tokens = self.gene_tokens[values.indices[start:end][order]]
+            cells.append(np.concatenate([before, tokens, after]).astype(np.int64))
         return cells
+
+    @property
+    def special(self) -> tuple[list[int], list[int]]:
+        """Ids of the tokens at either end of a cell."""
+        before, after = ([] if i is None else [i] for i in (self.cls, self.eos))
+        return before, after
+
+
+@dataclasses.dataclass(frozen=True)
+class RankSwaps(TokenSwaps):
+    """`TokenSwaps` of Geneformer: a gene is taken out of a ranking and put where its value belongs.
+
+    `values` are those of `Vocabulary.unusual`, each by the total of its own cell: what a model of
+    ranks knows of expression. The other genes keep their order.
+
+    Attributes:
+      ids: token id of each gene, int64 [genes], ascending.
+      most: gene tokens a cell.
+    """
+
+    ids: np.ndarray
+    most: int
+
+    def seen(self, cell: int, genes: np.ndarray, values: np.ndarray) -> np.ndarray:
+        """See `TokenSwaps.seen`: how many others come first; `most` where it has no token."""
+        row = self.values[cell]
+        order = np.argsort(-row.data, kind="stable")
+        descending, columns = -row.data[order], row.indices[order]
+        # Of others with an equal value those of lower ids come first.
+        first, last = (np.searchsorted(descending, -values, side) for side in ("left", "right"))
+        place = [
+            left + np.searchsorted(columns[left:right], gene)
+            for gene, left, right in zip(genes, first, last, strict=True)
+        ]
+        own = np.full(len(self.genes), len(order))
+        own[columns] = np.arange(len(order))
+        place = np.array(place, np.int64)
+        place -= own[genes] < place  # itself is no other
+        return np.where(values == 0, self.most, np.minimum(place, self.most))
+
+    def tokens(
+        self, cell: int, genes: np.ndarray, values: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """See `TokenSwaps.tokens`."""
+        row = self.values[cell]
+        dense = np.zeros(len(self.genes))
+        dense[row.indices] = row.data
+        dense[genes] = values
+        columns = np.flatnonzero(dense)
+        ranked = columns[np.argsort(-dense[columns], kind="stable")[: self.most]]
+        return self.ids[ranked], dense[ranked]
 
 
 def read_vocabulary(

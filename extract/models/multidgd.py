@@ -161,6 +161,18 @@ class MultiDGD(Model):
         }
         return Plan([str(name) for name in adata.obs_names], read, settings)
 
+    def swaps(self, adata: anndata.AnnData, cells: np.ndarray, **options: Any) -> Any:
+        """Refused, as there is no encoder.
+
+        Raises:
+          InputError: always.
+        """
+        raise InputError(
+            "multidgd has no encoder: a cell's representation was fitted, not computed from its "
+            "genes, so no gene can be exchanged before it. Change the representation and look at "
+            "the genes that `decode` predicts instead (analysis.steering, `sae-jax steer`)"
+        )
+
     def forward(
         self,
         inputs: Vectors,

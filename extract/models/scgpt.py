@@ -6,6 +6,7 @@
 No positions, no final norm, LayerNorm eps 1e-5, pads masked as keys.
 """
 
+import dataclasses
 import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from extract.errors import InputError, listed
 from extract.genes import Alignment, align
 from extract.models import scgpt_tokens
 from extract.models.base import EMBEDDING, Layer, Plan, device_of, only_known, whole_number
-from extract.models.sequences import Batch, SequenceModel, Sequences, Visit
+from extract.models.sequences import Batch, Rows, SequenceModel, Sequences, TokenSwaps, Visit
 
 _HIGHEST_VALUE = 512
 # What is supported of args.json; `input_style` are the `values` that a model was trained on.
@@ -257,11 +258,14 @@ class ScGPT(SequenceModel):
         candidates = candidates[np.argsort(columns, kind="stable")]
         ids = token_ids[candidates]
 
-        def read(rows: slice | np.ndarray) -> Sequences:
-            block = prepared(rows)[:, candidates]
+        def values(rows: slice | np.ndarray) -> scipy.sparse.csr_matrix:
+            block = prepared(rows)[:, candidates].astype(np.float64)
             block.sort_indices()
+            return block
+
+        def read(rows: slice | np.ndarray) -> Sequences:
             names = np.asarray(expression.names, object)[rows]
-            return self._sequences(block, ids, names, settings)
+            return self._sequences(values(rows), ids, names, settings)
 
         described = {
             **settings,
@@ -270,7 +274,8 @@ class ScGPT(SequenceModel):
             "candidates_sha256": hashlib.sha256(ids.tobytes()).hexdigest(),
             "coverage": alignment.describe(),
         }
-        return Plan(expression.names, read, described, cls=settings["cls"])
+        genes = [self.genes[i] for i in candidates]
+        return Plan(expression.names, read, described, settings["cls"], genes, values)
 
     def _candidates(
         self, settings: dict[str, Any], alignment: Alignment, expression: cells.Expression
@@ -305,16 +310,10 @@ class ScGPT(SequenceModel):
         settings: dict[str, Any],
     ) -> Sequences:
         cls = int(settings["cls"])
-        gene_ids, values = scgpt_tokens.tokenize(
-            block,
-            ids,
-            scgpt_tokens.cell_keys(names, settings["seed"]),
-            n_bins=settings["n_bins"],
-            include_zeros=settings["include_zeros"],
-            room=None if settings["select"] == "all" else settings["max_length"] - cls,
-            rule=settings["select"],
-            descending=settings["order"] == "descending",
-        )
+        tokenizer = _tokenizer(ids, settings)
+        keys = scgpt_tokens.cell_keys(names, settings["seed"])
+        tokens = [tokenizer.cell(block, row, key) for row, key in enumerate(keys)]
+        gene_ids, values = [some for some, _ in tokens], [value for _, value in tokens]
         empty = np.array([len(some) == 0 for some in gene_ids], bool)
         if cls:
             first = np.array([self.vocabulary["<cls>"]])
@@ -322,6 +321,51 @@ class ScGPT(SequenceModel):
             gene_ids = [np.concatenate([first, some]) for some in gene_ids]
             values = [np.concatenate([value, some]) for some in values]
         return Sequences(gene_ids, values, cls, 0, empty)
+
+    def exchange(
+        self,
+        plan: Plan,
+        cells: np.ndarray,
+        evaluate: Rows,
+        *,
+        bins: str = "prototype",
+    ) -> TokenSwaps:
+        """See `SequenceModel.exchange`.
+
+        A gene of value 0 has no token (but with include_zeros): it vanishes or appears. Values are
+        exchanged before binning. Truncation is done anew; what stays is drawn by cell and gene, so
+        it is the same sample but for the gene itself and the one that it makes room for.
+
+        Args:
+          bins: what a value of another cell is binned by. "prototype": the bins of the cell that
+            receives it; its other genes keep their digits. "rebin": the cell is binned anew as if
+            measured so. "own": the bins of the cell that it comes from, a digit for a digit.
+
+        Raises:
+          InputError: other bins, or "own" of values that are not binned or with select="top".
+        """
+        settings = plan.settings
+        if bins not in scgpt_tokens.BINS:
+            raise InputError(f"bins must be one of {listed(scgpt_tokens.BINS)}, not {bins!r}")
+        if bins == "own" and (settings["n_bins"] is None or settings["select"] == "top"):
+            raise InputError(
+                "bins='own' exchanges digits: for values='binned', and without select='top'"
+            )
+        names = [plan.names[i] for i in cells]
+        ids = np.array([self.vocabulary[name] for name in plan.genes], np.int64)
+        tokenizer, values = _tokenizer(ids, settings), plan.values(cells)
+        keys = scgpt_tokens.cell_keys(names, settings["seed"])
+        if bins == "own":
+            for row, key in enumerate(keys):
+                span = slice(values.indptr[row], values.indptr[row + 1])
+                columns = values.indices[span]
+                values.data[span] = tokenizer.digits(columns, values.data[span], key)
+            tokenizer = dataclasses.replace(tokenizer, n_bins=None)
+        cls = int(settings["cls"])
+        return scgpt_tokens.DigitSwaps(
+            plan.genes, values, names, [self.vocabulary["<cls>"]] * cls, [],
+            [settings["cls_value"]] * cls, evaluate, tokenizer, keys, bins,
+        )  # fmt: skip
 
     def gene_names(self, ids: np.ndarray) -> np.ndarray:
         """See `SequenceModel.gene_names`."""
@@ -352,6 +396,15 @@ def _first_columns(alignment: Alignment, candidates: np.ndarray) -> np.ndarray:
     """The first column of the file that holds each candidate."""
     index, first = np.unique(alignment.index, return_index=True)
     return alignment.columns[first][np.searchsorted(index, candidates)]
+
+
+def _tokenizer(ids: np.ndarray, settings: dict[str, Any]) -> scgpt_tokens.Tokenizer:
+    room = settings["max_length"] - int(settings["cls"])
+    return scgpt_tokens.Tokenizer(
+        ids, settings["n_bins"], settings["include_zeros"],
+        None if settings["select"] == "all" else room, settings["select"],
+        settings["order"] == "descending",
+    )  # fmt: skip
 
 
 def _check(settings: dict[str, Any], args: dict[str, Any]) -> dict[str, Any]:

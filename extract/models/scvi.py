@@ -13,6 +13,7 @@ from typing import Any
 
 import anndata
 import numpy as np
+import scipy.sparse
 import torch
 
 from extract.cells import Expression, check_values
@@ -20,7 +21,7 @@ from extract.checkpoints import load_into, read_torch_allowing, sha256
 from extract.errors import InputError, listed
 from extract.genes import align, naming_of
 from extract.models.base import Edited, Layer, Model, Plan, device_of, only_known
-from extract.models.vectors import CHUNK, Vectors, check_latents, edit_all
+from extract.models.vectors import CHUNK, Encoder, Vectors, VectorSwaps, check_latents, edit_all
 
 # What scvi-tools 1.x takes where a model was made without saying.
 _DEFAULTS: dict[str, Any] = {
@@ -214,11 +215,19 @@ class ScVI(Model):
             )
         column, codes = self._batch_of(adata, preprocessing.get("batch"))
 
-        def read(rows: slice | np.ndarray) -> Vectors:
+        def counted(rows: slice | np.ndarray) -> scipy.sparse.csr_matrix:
             block = expression.rows(rows)
             check_values(block, self.values, expression.where, self.name)
-            block = alignment.select(block)
+            return alignment.select(block)
+
+        def read(rows: slice | np.ndarray) -> Vectors:
+            block = counted(rows)
             return Vectors((block, codes[rows]), np.diff(block.indptr) == 0)
+
+        there = np.unique(alignment.index)
+
+        def values(rows: slice | np.ndarray) -> scipy.sparse.csr_matrix:
+            return counted(rows)[:, there].astype(np.float64)
 
         settings = {
             "genes": genes,
@@ -230,7 +239,8 @@ class ScVI(Model):
             "batch": column,
             "batch_encoded": self._n_encoded > 0,
         }
-        return Plan(expression.names, read, settings)
+        names = [self.genes[i] for i in there]
+        return Plan(expression.names, read, settings, genes=names, values=values)
 
     def forward(
         self,
@@ -301,6 +311,63 @@ class ScVI(Model):
         """
         linear = self._network.z_encoder["encoder"].fc_layers[0][0]
         return linear.weight[:, : len(self.genes)].cpu().numpy(), linear.bias.cpu().numpy()
+
+    def swaps(
+        self,
+        adata: anndata.AnnData,
+        cells: np.ndarray,
+        layers: Layer | Sequence[Layer] | None = None,
+        pooling: str | None = None,
+        genes: str | None = None,
+        counts: str | None = None,
+        *,
+        batch_size: int = 64,
+        empty_cells: str = "refuse",
+        **preprocessing: Any,
+    ) -> VectorSwaps:
+        """Some cells and the encoder, for whoever exchanges counts of single genes.
+
+        Args:
+          cells: positions in `adata`, int64.
+          layers, pooling, genes, counts, batch_size, empty_cells, preprocessing: as of `embed`.
+
+        Raises:
+          InputError: as `embed`.
+        """
+        self.resolve(layers)
+        self.pooling(pooling)
+        plan = self.plan(adata, genes, counts, **preprocessing)
+        known = {gene: i for i, gene in enumerate(self.genes)}
+        encoder = self._encoder([known[gene] for gene in plan.genes])
+        batch = plan.read(cells).parts[1] if self._n_encoded else np.zeros(len(cells), np.int64)
+        return VectorSwaps(plan.genes, plan.values(cells), batch, encoder)
+
+    def _encoder(self, genes: Sequence[int]) -> Encoder:
+        """The encoder in float32 arrays, of some genes, with what is affine folded in."""
+        weights, biases, normed = [], [], []
+        width = len(self.genes)
+        no_batch = torch.zeros(max(self._n_encoded, 1), 1, device=self.device)
+        for linear, batch_norm, layer_norm, _ in self._network.z_encoder["encoder"].fc_layers:
+            weight, bias = linear.weight.double(), linear.bias.double()
+            if isinstance(batch_norm, torch.nn.BatchNorm1d):
+                scale = batch_norm.weight / torch.sqrt(batch_norm.running_var + batch_norm.eps)
+                weight = weight * scale[:, None]
+                bias = (bias - batch_norm.running_mean) * scale + batch_norm.bias
+            # What stands beside the width is the one-hot batch: a bias of each.
+            of_batch = weight[:, width:].T if weight.shape[1] > width else no_batch
+            weights.append(weight[:, :width])
+            biases.append(bias + of_batch)
+            is_normed = isinstance(layer_norm, torch.nn.LayerNorm)
+            normed.append(layer_norm.eps if is_normed else None)
+            width = len(weight)
+        mean = self._network.z_encoder["mean_encoder"]
+        weights[0] = weights[0][:, genes]
+        of_mean = mean.bias.expand(len(no_batch), -1)
+        arrays = [
+            [part.float().cpu().numpy() for part in parts]
+            for parts in ([*weights, mean.weight], [*biases, of_mean])
+        ]
+        return Encoder(*arrays, tuple(normed), bool(self._settings["log_variational"]))
 
     def _decode(self, latents: torch.Tensor, batch: np.ndarray) -> torch.Tensor:
         if self._size_factor:

@@ -2,10 +2,13 @@
 
 import abc
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import anndata
 import numpy as np
+import scipy.sparse
 import torch
 
 from extract.errors import InputError
@@ -110,6 +113,130 @@ def pool(hidden: torch.Tensor, batch: Batch, pooling: str) -> torch.Tensor:
 Visit = Callable[[Layer, torch.Tensor], torch.Tensor]
 
 
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Sequences to hidden states, float32 [cells, d_model], of one layer and one pooling."""
+
+    model: "SequenceModel"
+    layer: Layer
+    pooling: str
+    batch_size: int
+
+    def __call__(self, inputs: Sequences) -> np.ndarray:
+        """Rows of cells that have gene tokens."""
+        run = self.model.evaluate(inputs, [self.layer], self.pooling, batch_size=self.batch_size)
+        return run.hidden[self.layer]
+
+    def gradients(
+        self, inputs: Sequences, pull: Callable[[np.ndarray], np.ndarray]
+    ) -> list[np.ndarray]:
+        """Slopes of a function of rows along the values of tokens, float32, an array a cell.
+
+        Args:
+          inputs: with values.
+          pull: rows [cells, d_model] -> the function's gradient with respect to each, the same.
+        """
+        found = []
+        for start in range(0, len(inputs.ids), self.batch_size):
+            cells = np.arange(start, min(start + self.batch_size, len(inputs.ids)))
+            found += self._gradients(inputs.take(cells), pull)
+        return found
+
+    def _gradients(
+        self, inputs: Sequences, pull: Callable[[np.ndarray], np.ndarray]
+    ) -> list[np.ndarray]:
+        """`gradients` of one batch."""
+        model, rows = self.model, []
+        batch = pad(inputs, model.pad_id, model.pad_value, model.device)
+        batch.values.requires_grad_(True)
+
+        def visit(layer: Layer, hidden: torch.Tensor) -> torch.Tensor:
+            if layer == self.layer:
+                rows.append(pool(hidden, batch, self.pooling))
+            return hidden
+
+        with torch.enable_grad():
+            model.blocks(batch, visit, self.layer, self.pooling in CLS_POOLINGS)
+            slope = pull(rows[0].detach().cpu().numpy())
+            rows[0].backward(torch.as_tensor(slope).to(rows[0]))
+        slopes = batch.values.grad.cpu().numpy()
+        return [row[:n] for row, n in zip(slopes, inputs.lengths, strict=True)]
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenSwaps(abc.ABC):
+    """Cells of which the values of some genes are exchanged before they become tokens.
+
+    Attributes:
+      genes: names.
+      values: what tokens are made of, CSR float64 [cells, genes].
+      names: of the cells.
+      before, after: ids of the special tokens at either end.
+      before_values: what goes with `before`, float32; None where the order says it all.
+      evaluate: what embeds their sequences.
+    """
+
+    genes: list[str]
+    values: scipy.sparse.csr_matrix
+    names: list[str]
+    before: list[int]
+    after: list[int]
+    before_values: list[float] | None
+    evaluate: Rows
+
+    @abc.abstractmethod
+    def seen(self, cell: int, genes: np.ndarray, values: np.ndarray) -> np.ndarray:
+        """What the model sees of each value of a gene in a cell, all of the others being its own.
+
+        Numbers, one for each of `genes`; where two of the same gene are equal, so are the tokens.
+        """
+
+    @abc.abstractmethod
+    def tokens(
+        self, cell: int, genes: np.ndarray, values: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and values of a cell's gene tokens where `genes` have `values`."""
+
+    def sequences(
+        self, cells: np.ndarray, starts: np.ndarray, genes: np.ndarray, values: np.ndarray
+    ) -> Sequences:
+        """Tokens of cells in which some genes have other values; arguments as of `embed`."""
+        ids, numbers = [], []
+        for cell, (start, end) in zip(cells, itertools.pairwise(starts), strict=True):
+            some, number = self.tokens(cell, genes[start:end], values[start:end])
+            ids.append(np.concatenate([self.before, some, self.after]).astype(np.int64))
+            if self.before_values is not None:
+                numbers.append(np.concatenate([self.before_values, number]).astype(np.float32))
+        special = len(self.before) + len(self.after)
+        empty = np.array([len(some) == special for some in ids], bool)
+        return Sequences(
+            ids, None if self.before_values is None else numbers, len(self.before), len(self.after),
+            empty,
+        )  # fmt: skip
+
+    def embed(
+        self, cells: np.ndarray, starts: np.ndarray, genes: np.ndarray, values: np.ndarray
+    ) -> np.ndarray:
+        """Hidden states, float32 [rows, d_model], of cells in which some genes have other values.
+
+        Args:
+          cells: the cell that each row starts from, int64 [rows].
+          starts: where the exchanges of each row begin in the next two, int64 [rows + 1].
+          genes, values: exchanges; a gene comes once a row.
+
+        Raises:
+          InputError: a cell that is left without any gene.
+        """
+        found = self.sequences(cells, starts, genes, values)
+        if found.empty.any():
+            name = self.names[cells[np.flatnonzero(found.empty)[0]]]
+            raise InputError(
+                f"an exchange leaves cell '{name}' without any gene: leave out cells that express "
+                "so few"
+            )
+        return self.evaluate(found)
+
+
 class SequenceModel(Model, abc.ABC):
     """A transformer over gene tokens; subclasses run the blocks.
 
@@ -156,6 +283,53 @@ class SequenceModel(Model, abc.ABC):
                 f"{needs[0]} wants the <cls> token, and these cells have none (their first token "
                 "is a gene); take another, or cells with <cls>"
             )
+
+    def exchange(
+        self,
+        plan: Plan,
+        cells: np.ndarray,
+        evaluate: Rows,
+        **own: Any,
+    ) -> TokenSwaps:
+        """The `TokenSwaps` of some cells of a plan; `own` are the reader's keywords of `swaps`.
+
+        Raises:
+          InputError: a model without such.
+        """
+        raise InputError(f"{self.name} does not say how a gene's value is exchanged")
+
+    def swaps(
+        self,
+        adata: anndata.AnnData,
+        cells: np.ndarray,
+        layers: Layer | Sequence[Layer] | None = None,
+        pooling: str | None = None,
+        genes: str | None = None,
+        counts: str | None = None,
+        *,
+        batch_size: int = 64,
+        empty_cells: str = "refuse",
+        bins: str | None = None,
+        **preprocessing: Any,
+    ) -> TokenSwaps:
+        """Some cells, for whoever exchanges values of single genes and embeds what that gives.
+
+        Args:
+          cells: positions in `adata`, int64.
+          layers, pooling, genes, counts, batch_size, empty_cells, preprocessing: as of `embed`; one
+            layer.
+          bins: of scGPT, what an exchanged value is binned by; see its `exchange`.
+
+        Raises:
+          InputError: as `embed`; several layers; rows that are tokens, not cells.
+        """
+        wanted, pooling = self.resolve(layers), self.pooling(pooling)
+        if len(wanted) > 1 or pooling == "tokens":
+            raise InputError("genes are exchanged for one layer and for one row a cell: name both")
+        plan = self.plan(adata, genes, counts, **preprocessing)
+        self.check(plan, pooling)
+        own = {} if bins is None else {"bins": bins}
+        return self.exchange(plan, cells, Rows(self, wanted[0], pooling, batch_size), **own)
 
     def forward(
         self,

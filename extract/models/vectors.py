@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import numpy as np
+import scipy.sparse
 import torch
 
 from extract.errors import InputError
@@ -37,6 +38,42 @@ class Vectors:
     def rows(self, pooling: str) -> np.ndarray:
         """One row a cell, int64 [cells]."""
         return self.lengths
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+    """An encoder of vectors in plain arrays.
+
+        h = values, or log1p of them;  h = relu(norm(W h + b)) in every layer;  W h + b at the end
+
+    Attributes:
+      weights: of each layer and of the end, float32 [out, in]; batch norms are folded in.
+      biases: the same, float32 [batches, out], one row where the batch adds nothing.
+      layer_norm: of each layer but the end the epsilon of its norm (mean 0, variance 1), or None.
+      log1p: whether values are log-transformed first.
+    """
+
+    weights: list[np.ndarray]
+    biases: list[np.ndarray]
+    layer_norm: tuple[float | None, ...]
+    log1p: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class VectorSwaps:
+    """Cells of a model that reads vectors, and all it takes to encode them with other values.
+
+    Attributes:
+      genes: names.
+      values: what is read of the cells, CSR float64 [cells, genes].
+      batch: rows of the encoder's biases, int64 [cells]; those of one row have 0.
+      encoder: of `genes`; those of the model that the file lacks are 0 and left out.
+    """
+
+    genes: list[str]
+    values: scipy.sparse.csr_matrix
+    batch: np.ndarray
+    encoder: Encoder
 
 
 def edit_all(edited: Edited, latent: torch.Tensor) -> torch.Tensor:

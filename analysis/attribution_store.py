@@ -1,0 +1,136 @@
+"""Finished blocks of an attribution on disk, so that what was begun can be gone on with."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from scipy import sparse
+
+from analysis.counterfactuals import Pairs
+from analysis.perturbed import Coder, Embedder, Perturbed
+from sae_jax import Dictionary, files
+from sae_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Forwards:
+    """Cells that went through the model, and that would have.
+
+    Attributes:
+      brute: genes times pairs, of all concepts: equation 2 as it stands.
+      changed: the same without genes that an exchange leaves as they are.
+      done: distinct exchanges, and each prototype once.
+    """
+
+    brute: int = 0
+    changed: int = 0
+    done: int = 0
+
+    def __add__(self, other: Forwards) -> Forwards:
+        mine, theirs = dataclasses.astuple(self), dataclasses.astuple(other)
+        return Forwards(*(a + b for a, b in zip(mine, theirs, strict=True)))
+
+    @property
+    def saved(self) -> float:
+        """The share of `brute` that was not done."""
+        return 1 - self.done / max(self.brute, 1)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Part:
+    """Of a block of concepts what `attribution.Attribution` has of all."""
+
+    scores: np.ndarray
+    samples: sparse.csr_array | None
+    forwards: Forwards
+
+
+class Store:
+    """A folder with attribution.json, which says what the scores are of, and a file a block.
+
+    Raises:
+        InputError: the folder holds other files, or blocks of something else.
+    """
+
+    def __init__(self, folder: str | Path, settings: Mapping[str, Any]) -> None:
+        self._folder = Path(folder)
+        path = self._folder / "attribution.json"
+        if path.exists():
+            before = json.loads(path.read_text())
+            if other := [name for name in settings if before.get(name) != settings[name]]:
+                raise InputError(
+                    f"{folder} holds an attribution of other {', '.join(other)}: give the same "
+                    "call again, or another folder."
+                )
+        elif self._folder.exists() and any(self._folder.iterdir()):
+            raise InputError(f"{folder} holds other files: give a new folder.")
+        else:
+            files.write_json(path, dict(settings))
+        files.remove_leftovers(self._folder)
+
+    def load(self, number: int) -> Part | None:
+        """A block, if it is there."""
+        if not (path := self._path(number)).exists():
+            return None
+        with np.load(path) as stored:
+            samples = None
+            if "indptr" in stored:
+                parts = (stored["data"], stored["indices"], stored["indptr"])
+                samples = sparse.csr_array(parts, shape=tuple(stored["shape"]))
+            return Part(stored["scores"], samples, Forwards(*stored["forwards"].tolist()))
+
+    def save(self, number: int, part: Part) -> None:
+        """Keep a block, whole or not at all."""
+        arrays = {"scores": part.scores, "forwards": dataclasses.astuple(part.forwards)}
+        if (samples := part.samples) is not None:
+            arrays |= {"data": samples.data, "indices": samples.indices}
+            arrays |= {"indptr": samples.indptr, "shape": samples.shape}
+        with files.write_aside(self._path(number)) as fresh:
+            np.savez(fresh, **arrays)
+
+    def _path(self, number: int) -> Path:
+        return self._folder / f"block_{number:05}.npz"
+
+
+def identity(
+    model: Embedder,
+    dictionary: Coder | str,
+    found: Perturbed,
+    pairs: Pairs,
+    settings: Mapping[str, Any],
+) -> dict[str, str]:
+    """What scores depend on, each as a hash: the weights, the cells, their genes, the settings.
+
+    Of a model it is the `checkpoint` that readers have, of a dictionary that is none of ours its
+    decoder, of others the name of the class alone.
+    """
+    return {
+        "model": repr(getattr(model, "checkpoint", type(model).__name__)),
+        "dictionary": _sha256(_weights(dictionary)),
+        "pairs": _sha256([pairs.concepts, pairs.concept, pairs.prototype, pairs.counterfactual]),
+        "values": _sha256([found.values.data, found.values.indices, found.values.indptr]),
+        "genes": _sha256([np.array(found.genes)]),
+        **{name: repr(value) for name, value in settings.items()},
+    }
+
+
+def _weights(dictionary: Coder | str) -> list[np.ndarray]:
+    if isinstance(dictionary, Dictionary):
+        config = json.dumps(dictionary.config.to_dict(), sort_keys=True)
+        return [np.array(config), *jax.tree.leaves((dictionary.params, dictionary.normalizer))]
+    name = dictionary if isinstance(dictionary, str) else type(dictionary).__name__
+    return [np.array(name), np.asarray(getattr(dictionary, "decoder", 0))]
+
+
+def _sha256(parts: list[np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for part in map(np.asarray, parts):
+        digest.update(f"{part.dtype}{part.shape}".encode() + part.tobytes())
+    return digest.hexdigest()
