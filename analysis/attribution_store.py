@@ -126,7 +126,14 @@ def _weights(dictionary: Coder | str) -> list[np.ndarray]:
         config = json.dumps(dictionary.config.to_dict(), sort_keys=True)
         return [np.array(config), *jax.tree.leaves((dictionary.params, dictionary.normalizer))]
     name = dictionary if isinstance(dictionary, str) else type(dictionary).__name__
-    return [np.array(name), np.asarray(getattr(dictionary, "decoder", 0))]
+    held = vars(dictionary) if dataclasses.is_dataclass(dictionary) else {}
+    told = [np.asarray(value) for _, value in sorted(held.items()) if _is_data(value)]
+    return [np.array(name), np.asarray(getattr(dictionary, "decoder", 0)), *told]
+
+
+def _is_data(value: Any) -> bool:
+    """Whether what a coder holds is numbers or text, rather than an object of some library."""
+    return isinstance(value, np.ndarray | jax.Array | str | int | float)
 
 
 def _sha256(parts: list[np.ndarray]) -> str:

@@ -34,7 +34,7 @@ from absl import flags, logging
 
 import extract
 import sae_jax
-from analysis import cells, concept_terms
+from analysis import cells, concept_terms, probes
 from analysis.neurons import Neurons
 from experiments import cli, folders, scvi_model
 from experiments import concepts_study as study
@@ -117,13 +117,18 @@ def main() -> None:
         if FLAGS.model != "scvi":
             raise InputError(f"--checkpoint is needed: the folder of the {FLAGS.model}")
         scvi_model.check_installed()
-    adata, labels, expression, symbols = read()
+        if FLAGS.counts is not None:
+            raise InputError("an scVI is trained on X: leave --counts out, or give a --checkpoint")
+    adata, labels, symbols = read()
+    reading.load_sets(list(dict.fromkeys(symbols.values())), 100)
+    probes.split(labels.iloc[:, 0], *per_class, seed=FLAGS.seed)
+    loaded = None if FLAGS.checkpoint is None else loaded_model()
     settings = settings_of_flags()
     with workdir.locked(out):
         folders.claim(out, SETTINGS, settings, (*FILES, *KEPT), ("follow",))
 
         # 2. The model and its embedding; dictionaries of it.
-        subject = embedded(adata, labels, expression, symbols, out)
+        subject = embedded(adata, labels, symbols, loaded, out)
         chosen = study.configs(
             subject.x.shape[1], widths, seeds, round(len(subject.x) * (1 - study.VALIDATION)),
             FLAGS.learning_rate, FLAGS.k_share,
@@ -136,7 +141,9 @@ def main() -> None:
 
         # 3. Concepts and neurons, one by one, and as a set.
         found = explain(subject, run, members, train, out)
-        learned = learn(subject, run.dictionaries[members[0]], found, train, held_out, out)
+        learned = learn(
+            subject, run.dictionaries[members[0]], found, train, held_out, per_class, out
+        )
         tested = test_in_model(subject, run.dictionaries[members[0]], found, out)
 
         # 4. The figures and the page.
@@ -171,18 +178,27 @@ def whole_numbers(flag: str, least: int = 1) -> list[int]:
     return list(dict.fromkeys(int(text) for text in given))
 
 
-def read() -> tuple[anndata.AnnData, pd.DataFrame, cells.Expression, dict[str, str]]:
-    """The cells, their labels, their expression by symbol, and the symbol of each gene of var."""
+def read() -> tuple[anndata.AnnData, pd.DataFrame, dict[str, str]]:
+    """The cells, their labels, and the symbol of each gene of var."""
     if not FLAGS.h5ad:
         raise InputError("--h5ad is needed: an AnnData file with counts")
     if not FLAGS.labels:
         raise InputError("--labels is needed: columns of obs that describe the cells")
     adata = cells.read(FLAGS.h5ad)
     labels = pd.DataFrame({name: cells.labels(adata, name) for name in FLAGS.labels})
-    expression = cells.expression(adata, FLAGS.counts or "X", "counts", FLAGS.gene_symbols)
+    if FLAGS.counts == "raw" and adata.raw is None:
+        raise InputError(f"--counts=raw: {FLAGS.h5ad} has no raw")
     var = adata.raw.var if FLAGS.counts == "raw" else adata.var
-    named = var.index if FLAGS.gene_symbols is None else var[FLAGS.gene_symbols].astype(str)
-    return adata, labels, expression, dict(zip(var.index.astype(str), named, strict=True))
+    if FLAGS.gene_symbols is not None and FLAGS.gene_symbols not in var:
+        raise InputError(f"--gene_symbols: var has no column {FLAGS.gene_symbols}")
+    named = var.index if FLAGS.gene_symbols is None else var[FLAGS.gene_symbols]
+    return adata, labels, dict(zip(var.index.astype(str), named.astype(str), strict=True))
+
+
+def loaded_model() -> Any:
+    """The model of --checkpoint."""
+    more = {} if FLAGS.dictionaries is None else {"dictionaries": FLAGS.dictionaries}
+    return extract.load_model(FLAGS.model, FLAGS.checkpoint, device="auto", **more)
 
 
 def settings_of_flags() -> dict[str, Any]:
@@ -201,20 +217,15 @@ def settings_of_flags() -> dict[str, Any]:
 def embedded(
     adata: anndata.AnnData,
     labels: pd.DataFrame,
-    expression: cells.Expression,
     symbols: dict[str, str],
+    model: Any,
     out: Path,
 ) -> Subject:
-    """The model and its embedding of the cells, with the genes that both know."""
-    if FLAGS.checkpoint is None:
-        if FLAGS.counts is not None:
-            raise InputError("an scVI is trained on X: leave --counts out, or give a --checkpoint")
+    """The cells in the model (None: one trained here), with the genes that both know."""
+    if model is None:
         model = scvi_model.trained(
             adata, out / "scvi", n_latent=FLAGS.d_model, epochs=FLAGS.model_epochs, seed=FLAGS.seed
         )
-    else:
-        more = {} if FLAGS.dictionaries is None else {"dictionaries": FLAGS.dictionaries}
-        model = extract.load_model(FLAGS.model, FLAGS.checkpoint, device="auto", **more)
     by_symbol = model.naming == "symbol" and FLAGS.gene_symbols is not None
     options = {"genes": FLAGS.gene_symbols if by_symbol else None, "counts": FLAGS.counts}
     asked = FLAGS.layer
@@ -226,36 +237,36 @@ def embedded(
         with files.write_aside(path) as fresh, fresh.open("wb") as file:
             np.save(file, x)
     x = data.check_rows(np.load(path), "the embedding")
+    # Expression by the names that the model's genes have in the file, so that it is the same gene.
+    expression = cells.expression(
+        adata, FLAGS.counts or "X", "counts", FLAGS.gene_symbols if by_symbol else None
+    )
     measured = {gene: i for i, gene in enumerate(expression.genes)}
-    names = {} if by_symbol else symbols
-    # Of several genes with one symbol the first that the model has; order is the model's.
-    chosen: dict[str, str] = {}
+    total = np.asarray(expression.x.sum(axis=0)).ravel()
     exchanged = model.plan(adata, **options).genes
-    for gene in exchanged:
-        symbol = names.get(gene, gene)
-        if symbol in measured:
-            chosen.setdefault(symbol, gene)
+    known = [gene for gene in exchanged if gene in measured]
+    # Of several genes with one symbol the most expressed; the order is the model's.
+    symbol_of = {gene: gene if by_symbol else symbols.get(gene, gene) for gene in known}
+    best: dict[str, str] = {}
+    for gene in sorted(known, key=lambda gene: -total[measured[gene]]):
+        best.setdefault(symbol_of[gene], gene)
+    chosen = [gene for gene in known if best[symbol_of[gene]] == gene]
     if len(chosen) < 100:
         raise InputError(
-            f"{len(chosen)} genes of the model have measured expression by symbol: too few for "
-            "enrichment (--gene_symbols names the column of var with symbols)"
+            f"{len(chosen)} genes of the model have measured expression: too few for enrichment"
         )
-    columns = [measured[symbol] for symbol in chosen]
+    columns = [measured[gene] for gene in chosen]
+    names = np.asarray([symbol_of[gene] for gene in chosen], object)
     return Subject(
         adata=adata, model=model, layer=layer, options=options, x=x, labels=labels,
-        expression=cells.Expression(expression.x[:, columns], expression.genes[columns]),
-        genes=np.asarray(list(chosen.values()), object), exchanged=exchanged,
-        sets=reading.load_sets(list(chosen)),
+        expression=cells.Expression(expression.x[:, columns], names),
+        genes=np.asarray(chosen, object), exchanged=exchanged, sets=reading.load_sets(list(names)),
     )  # fmt: skip
 
 
 def members_studied(results: pd.DataFrame, d: int, widths: Sequence[int]) -> list[int]:
     """Those of the studied width, every seed that did not diverge, in the order of the seeds."""
     width = FLAGS.studied or min(widths, key=lambda c: abs(np.log(c / (10 * d))))
-    if width not in widths:
-        raise InputError(
-            f"--studied={width} must be one of --n_latents={','.join(map(str, widths))}"
-        )
     chosen = results[(results["n_latents"] == width) & (results["status"] == "trained")]
     if chosen.empty:
         raise InputError(f"every dictionary of {width} concepts diverged: lower --learning_rate")
@@ -294,8 +305,12 @@ def explain(
     dictionary, x = run.dictionaries[members[0]], subject.x
     z = dictionary.encode(x, sparse=True)
     live = np.flatnonzero(z[train].getnnz(axis=0))
+    cells_of = study.described(z[:, live], subject.labels).assign(kind="concept")
+    cells_of.index = [f"concept_{i}" for i in live]
     rng = np.random.default_rng(FLAGS.seed)
-    latents = np.sort(rng.permutation(live)[: FLAGS.most])
+    drawn = rng.permutation(live)[: FLAGS.most]
+    telling = study.telling(cells_of)  # of each label, drawn or not
+    latents = np.union1d(drawn, [int(name.removeprefix("concept_")) for name in telling])
     neurons = Neurons.of(x)
     sides = np.sort(rng.permutation(neurons.n_components)[: FLAGS.most])
     groups = {
@@ -310,11 +325,9 @@ def explain(
     codes = {
         kind: coder.encode(x, sparse=True)[:, which] for kind, (coder, which, _) in groups.items()
     }
-    described = [study.described(z[:, live], subject.labels).assign(kind="concept")]
-    described[0].index = [f"concept_{i}" for i in live]
-    described.append(study.described(codes["neurons"], subject.labels).assign(kind="neuron"))
-    described[1].index = names["neurons"]
-    table = pd.concat(described)
+    sides_of = study.described(codes["neurons"], subject.labels).assign(kind="neuron")
+    table = pd.concat([cells_of, sides_of.set_axis(names["neurons"])])
+    table["drawn"] = table.index.isin([*(f"concept_{i}" for i in drawn), *names["neurons"]])
     stability = None
     if len(members) > 1:
         stability = study.kept(
@@ -339,7 +352,10 @@ def explain(
     fold = study.wide(dge, "log2_fold_change", names["concepts"])
     order = np.argsort(-scores, axis=1, kind="stable")[:, :10]
     symbols = subject.expression.genes
-    table.loc[every, "n_important"] = (scores > study.IMPORTANT).sum(axis=1)
+    without = np.isnan(scores).all(axis=1)  # no cell has the concept, or all have
+    table.loc[every, "n_important"] = np.where(
+        without, np.nan, (scores > study.IMPORTANT).sum(axis=1)
+    )
     table.loc[every, "top_genes"] = [
         ", ".join(str(symbols[g]) for g in row if scores[i, g] > 0) for i, row in enumerate(order)
     ]
@@ -361,18 +377,23 @@ def explain(
         best = study.best_terms(terms)
         for column in best:
             table.loc[best.index, f"{method}:{column}"] = best[column]
-    kinds = {
-        "concepts, attribution": table.loc[names["concepts"], "attribution:strength"],
-        "neurons, attribution": table.loc[names["neurons"], "attribution:strength"],
-        "concepts, DGE": table.loc[names["concepts"], "dge:strength"],
-    }
-    strengths = concept_terms.shares(kinds)
+    at_random = [name for name in names["concepts"] if table.loc[name, "drawn"]]
+    frequent = [name for name in at_random if table.loc[name, "n_active"] >= study.ENOUGH]
+    strengths = study.strengths(
+        {
+            "concepts, attribution": (table.loc[at_random], "attribution"),
+            f"of these with {study.ENOUGH} cells": (table.loc[frequent], "attribution"),
+            "neurons, attribution": (table.loc[names["neurons"]], "attribution"),
+            "concepts, DGE": (table.loc[at_random], "dge"),
+        },
+        {method: study.tested_terms(terms) for method, terms in found.items()},
+    )
     first = {"attribution": found["attribution"].iloc[: len(found["dge"])], "dge": found["dge"]}
     compared = study.compared(first, scores[:n_concepts], fold, subject, names["concepts"])
     table.loc[every, "in_no_term"] = concept_terms.share_in_no_term(
         scores > study.IMPORTANT, subject.sets.membership
     )
-    table_6 = concept_terms.table_6(compared)
+    table_6 = concept_terms.table_6(compared[compared["feature"].isin(at_random)])
     files.write_parquet(out / "features.parquet", table.rename_axis("feature").reset_index())
     write_csv(strengths.reset_index(), out / "strengths.csv")
     write_csv(table_6.rename_axis("quantity").reset_index(), out / "table_6.csv")
@@ -422,17 +443,21 @@ def learn(
     found: Explained,
     train: np.ndarray,
     held_out: np.ndarray,
+    per_class: Sequence[int],
     out: Path,
 ) -> Learned:
     """Tables 4 and 5: other methods, and what logistic regression learns from each."""
     coders = study.methods(subject.x, dictionary, train, FLAGS.seed, 20 if FLAGS.quick else 500)
     tasks = {FLAGS.labels[0]: subject.labels[FLAGS.labels[0]]}
     tasks |= study.phases(subject, FLAGS.seed)
+    coded = study.reconstructions(coders, subject.x[held_out])
     tables, confusion, split, coefficients = [], {}, {}, []
     for task, labels in tasks.items():
         table, learned, split[task] = study.useful(
-            subject, coders, labels, per_class=tuple(map(int, FLAGS.per_class)), seed=FLAGS.seed
-        )
+            subject, coders, labels, per_class=tuple(per_class), seed=FLAGS.seed,
+            max_iter=100 if task == study.CYCLE else 50,
+        )  # fmt: skip
+        table = coded.join(table[["accuracy", "probe_converged"]], how="right")
         tables.append(table.rename_axis("method").reset_index().assign(task=task))
         concepts = next(iter(coders))
         confusion |= {(task, name): learned[name].confusion for name in (concepts, "neurons")}

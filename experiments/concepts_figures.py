@@ -61,7 +61,7 @@ def confusion(tables: dict[tuple[str, str], pd.DataFrame]) -> Figure:
         labels = [plots.plain(label, 18) for label in table.index]
         axes.set_xticks(range(len(labels)), labels, rotation=90, fontsize=7)
         axes.set_yticks(range(len(labels)), labels, fontsize=7)
-        axes.set_title(f"{task}: {name}", fontsize=9)
+        axes.set_title(plots.plain(f"{task}: {name}"), fontsize=9)
         for (row, column), value in np.ndenumerate(share):
             if value >= 0.005:
                 axes.text(column, row, f"{value:.2f}".lstrip("0"), ha="center", va="center",
@@ -71,17 +71,25 @@ def confusion(tables: dict[tuple[str, str], pd.DataFrame]) -> Figure:
     return figure
 
 
-def attributed(features: pd.DataFrame, names: list[str], scores: Any, genes: Any) -> Figure:
+def attributed(features: pd.DataFrame, shown: list[str], scores: Any, genes: Any) -> Figure:
     """Bars of the ten genes that most drive each of a few features, as an expert sees them."""
-    figure = Figure(figsize=(2.5 * len(names), 2.9), layout="constrained")
-    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+    figure = Figure(figsize=(2.5 * len(shown), 2.9), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
         row = scores[name]
         order = np.argsort(-row, kind="stable")[:10]
         axes.barh(np.arange(len(order)), row[order], color="#1b6ca8")
-        axes.set_yticks(np.arange(len(order)), [str(genes[g]) for g in order], fontsize=7)
+        axes.set_yticks(
+            np.arange(len(order)), [plots.plain(genes[g], 20) for g in order], fontsize=7
+        )
         axes.invert_yaxis()
         axes.set_xlabel("drop in activation", fontsize=8)
-        title = plots.plain(features.loc[name].get("attribution:term") or "", 30)
-        axes.set_title(f"{name}\n{title}", fontsize=8)
+        axes.set_title(f"{name}\n{term(features.loc[name])}", fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
     return figure
+
+
+def term(row: pd.Series) -> str:
+    """A feature's best term by attribution, for a title; "no term" where none could be tested."""
+    return (
+        plots.plain(row["attribution:term"], 30) if pd.notna(row["attribution:term"]) else "no term"
+    )

@@ -14,6 +14,7 @@ import sae_jax
 from analysis import concept_terms, deletion, plots, report
 from analysis.gene_sets import Coverage
 from experiments import concepts_figures
+from experiments.concepts_study import telling
 
 if TYPE_CHECKING:
     from experiments.concepts import Explained, Learned
@@ -62,9 +63,7 @@ def draw(
     coordinates, axis = plots.plane(subject.x)
     z = dictionary.encode(subject.x, sparse=True)
     latents = [int(name.removeprefix("concept_")) for name in shown]
-    titles = [
-        f"{name}: {plots.plain(table.loc[name, 'attribution:term'] or '', 30)}" for name in shown
-    ]
+    titles = [f"{name}: {concepts_figures.term(table.loc[name])}" for name in shown]
     figures = {
         "cells": plots.cells_by_feature(
             coordinates, axis, z[:, latents], titles, subject.labels.iloc[:, 0]
@@ -84,11 +83,7 @@ def draw(
 def shown_concepts(found: Explained) -> list[str]:
     """For each column and label the concept that tells it best, then the most surely annotated."""
     table = found.features.loc[found.concepts]
-    table = table[~table["technical"]] if "technical" in table else table
-    chosen: list[str] = []
-    for column in [name for name in table if name.endswith(":auroc")]:
-        label = column.removesuffix("auroc") + "best"
-        chosen += table.sort_values(column, ascending=False).drop_duplicates(label).index.tolist()
+    chosen = telling(table)
     chosen += table.sort_values("attribution:p").index.tolist()
     return list(dict.fromkeys(chosen))[: TOP - 1]
 
@@ -100,10 +95,17 @@ def told(found: Explained, learned: Learned, follow: Sequence[str]) -> list[str]
     for column in [name for name in table if name.endswith(":auroc")]:
         best = table[column].idxmax()
         row = table.loc[best]
-        name, label = column.removesuffix(":auroc"), row[column.replace("auroc", "best")]
+        name = column.removesuffix(":auroc")
+        label, again = row[f"{name}:best"], ""
+        if "replicated_by_direction" in row:
+            again = (
+                f"; in the other seeds by direction {row['replicated_by_direction']:.0%}, by "
+                f"activation {row['replicated_by_activation']:.0%}"
+            )
         lines.append(
             f"{name}: {best} tells {label} by AUROC {row[column]:.3f}; {row['attribution:term']} "
-            f"(p {row['attribution:p']:.1e}); {row['top_genes']}"
+            f"(p {row['attribution:p']:.1e}, q {row['attribution:q']:.1e}); "
+            f"{row['top_genes']}{again}"
         )
         if follow:
             genes = row["top_genes"].split(", ")
@@ -111,7 +113,10 @@ def told(found: Explained, learned: Learned, follow: Sequence[str]) -> list[str]
     curves = deletion.areas(found.deletion).groupby("kind").mean()
     lines += [f"area under {kind} curves: {_dict(row)}" for kind, row in curves.iterrows()]
     for name, row in found.strengths.iterrows():
-        lines.append(f"{name}: strong {row['strong']:.0%}, weak {row['weak']:.0%} of {row['n']:g}")
+        lines.append(
+            f"{name}: strong {row['strong']:.0%}, weak {row['weak']:.0%} of {row['n']:g}; by "
+            f"chance {row['chance']:.0%} strong or weak; with a term of q <= .05 {row['q']:.0%}"
+        )
     for task, part in learned.methods.groupby("task", sort=False):
         accuracy = part.set_index("method")["accuracy"]
         lines.append(f"{task}, accuracy: " + _dict(accuracy))
@@ -162,8 +167,9 @@ def sections(
                 report.picture(pictures["strengths"], "Best term by prerank GSEA.", "40rem"),
                 report.table(found.strengths.reset_index()),
                 report.paragraph(
-                    f"Of the important genes (attribution above .05) {_mean(found, 'in_no_term')} "
-                    "are in no term."
+                    "The best of many terms has a small p by chance alone: see the columns. Of a "
+                    f"concept's important genes (attribution above .05) "
+                    f"{_mean(found, 'in_no_term')} are in no term, in the mean."
                 ),
                 report.paragraph(_coverage(subject.sets.coverage)),
             ],
@@ -173,7 +179,10 @@ def sections(
             [
                 report.picture(
                     pictures["deletion"],
-                    "Activation left as genes are exchanged, mean and sd over concepts.", "40rem",
+                    "Activation left as genes are exchanged, mean and sd over concepts. "
+                    "Attribution is ranked on the very cells of the curve, which flatters it, as "
+                    "in the paper.",
+                    "40rem",
                 ),
                 report.table(found.table_6.rename_axis("quantity").reset_index()),
                 report.paragraph(
@@ -189,7 +198,9 @@ def sections(
                 report.paragraph(PAPER_METHODS),
                 report.items([
                     f"{task}: {split.n_train} and {split.n_test} cells a class of "
-                    f"{len(split.classes)}, {split.factor:.3g} of what was asked for"
+                    f"{len(split.classes)} (chance {1 / len(split.classes):.2f}), "
+                    f"{split.factor:.3g} of what was asked for; left out, with few cells: "
+                    f"{_dict(split.left_out) or 'none'}"
                     for task, split in learned.split.items()
                 ]),
                 report.table(learned.methods),
@@ -201,6 +212,7 @@ def sections(
     ]  # fmt: skip
     if found.stability is not None:
         share = found.features["replicated_by_direction"].dropna()
+        active = found.features["replicated_by_activation"].dropna()
         parts.append(
             (
                 "Stability",
@@ -208,7 +220,8 @@ def sections(
                     report.paragraph(
                         f"{(share > 0).mean():.0%} of the concepts come back in another seed by "
                         f"direction, {(share == 1).mean():.0%} in all of them (beyond what random "
-                        "directions reach)."
+                        f"directions reach); by activation {(active > 0).mean():.0%} and "
+                        f"{(active == 1).mean():.0%}."
                     ),
                     report.picture(pictures["replication"], "All live concepts of all seeds.",
                                    "50rem"),
@@ -221,7 +234,10 @@ def sections(
             [
                 report.paragraph("What survives with the reconstruction in the embedding's place:"),
                 report.table(tested["fidelity"]),
-                report.paragraph("Single concepts set to 0, beside random directions:"),
+                report.paragraph(
+                    "Single concepts set to 0, beside 20 random directions that move every cell as "
+                    "far (so the least p is 1 / 21):"
+                ),
                 report.table(tested["causal"]),
             ],
         ),

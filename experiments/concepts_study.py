@@ -43,7 +43,9 @@ VALIDATION = 0.1  # Claye: trained on nine tenths of the cells
 GROUP = 1000  # cells on each side of differential expression, at most
 IMPORTANT = 0.05  # attribution beyond which a gene counts
 METHODS = ("attribution", "dge")
-CAUSAL_CELLS = 300
+CAUSAL_CELLS, DRAWS = 300, 20  # cells, and random directions beside each concept
+ENOUGH = 100  # active cells; with fewer the paper has "not enough data"
+CYCLE = "cell cycle"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -136,6 +138,16 @@ def described(z: sparse.csr_matrix, labels: pd.DataFrame) -> pd.DataFrame:
         table[f"{name}:best"] = np.asarray(names, object)[best]
         table[f"{name}:auroc"] = areas[np.arange(len(areas)), best]
     return table
+
+
+def telling(described: pd.DataFrame) -> list[str]:
+    """Of each label the feature (index) that tells it best; in the order of the labels."""
+    found = []
+    for column in [name for name in described if name.endswith(":auroc")]:
+        label = column.removesuffix("auroc") + "best"
+        first = described.sort_values(column, ascending=False, kind="stable")
+        found += first.drop_duplicates(label).sort_values(label).index.tolist()
+    return list(dict.fromkeys(found))
 
 
 def replicated(
@@ -256,7 +268,33 @@ def best_terms(table: pd.DataFrame) -> pd.DataFrame:
     ordered = table.assign(size=size).sort_values(["p", "size"], ascending=[True, False])
     first = ordered.dropna(subset="p").groupby("feature", observed=False).first()
     first["strength"] = concept_terms.strengths(first["p"].to_numpy(np.float64)[:, None])
-    return first[["term", "nes", "p", "q", "strength"]]
+    first["least_q"] = table.groupby("feature", observed=False)["q"].min()
+    return first[["term", "nes", "p", "q", "strength", "least_q"]]
+
+
+def tested_terms(table: pd.DataFrame) -> int:
+    """How many terms have a p in some list."""
+    return int(table.loc[table["p"].notna(), "term"].nunique())
+
+
+def strengths(groups: dict[str, tuple[pd.DataFrame, str]], n_terms: dict[str, int]) -> pd.DataFrame:
+    """Shares of strong and weak annotations of groups of features, and what they are worth.
+
+    The smallest of many p is small: `chance` is the share with one of p <= 5e-3 if every one of the
+    terms were independent and nothing was there; `q` the share with a term of q <= .05 over the
+    terms of the feature. Features without any p, since no cells could be compared, are left out.
+    """
+    rows = {}
+    for name, (table, method) in groups.items():
+        known = table[table[f"{method}:p"].notna()]
+        if known.empty:
+            continue
+        rows[name] = concept_terms.shares({name: known[f"{method}:strength"]}).loc[name].to_dict()
+        rows[name] |= {
+            "terms": n_terms[method], "chance": 1 - (1 - concept_terms.WEAK) ** n_terms[method],
+            "q": float((known[f"{method}:least_q"] <= 0.05).mean()),
+        }  # fmt: skip
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("kind")
 
 
 def wide(table: pd.DataFrame, value: str, names: Sequence[str]) -> np.ndarray:
@@ -298,6 +336,12 @@ def methods(
     return found
 
 
+def reconstructions(coders: dict[str, Any], x: np.ndarray) -> pd.DataFrame:
+    """R², L0 and so on of each method on rows x that none was fitted to."""
+    found = {name: baselines.reconstruction(coder, x) for name, coder in coders.items()}
+    return pd.DataFrame.from_dict(found, orient="index")
+
+
 def phases(subject: Subject, seed: int) -> dict[str, pd.Series]:
     """Cell-cycle phases as labels; none where too few of their genes are measured to score them, or
     fewer than two phases have twenty cells."""
@@ -312,7 +356,7 @@ def phases(subject: Subject, seed: int) -> dict[str, pd.Series]:
     logging.info("genes of the cell cycle that are measured: %s", known)
     if min(known.values()) < 5 or (found["phase"].value_counts() >= 20).sum() < 2:
         return {}
-    return {"cell cycle": found["phase"].astype("category")}
+    return {CYCLE: found["phase"].astype("category")}
 
 
 def useful(
@@ -322,6 +366,7 @@ def useful(
     *,
     per_class: tuple[int, int],
     seed: int,
+    max_iter: int = 50,
 ) -> tuple[pd.DataFrame, dict[str, probes.Probe], probes.Split]:
     """Logistic regression of labels on everything, balanced classes, tested on other cells.
 
@@ -333,7 +378,7 @@ def useful(
     names = labels.astype(object).to_numpy()
     table, found = baselines.compare(
         coders, subject.x[learned], subject.x[tested], names[learned], names[tested],
-        subject.expression.x[learned], subject.expression.x[tested],
+        subject.expression.x[learned], subject.expression.x[tested], max_iter=max_iter,
     )  # fmt: skip
     return table, found, split
 
@@ -360,9 +405,17 @@ def causal_tests(
         subject.model, subject.adata[some].copy(), subject.layer, outputs=_outputs(subject.model),
         options=subject.options,
     )  # fmt: skip
+
+    def ablated() -> pd.DataFrame:
+        table = causal.effects(site, dictionary, concepts, set=0.0, draws=DRAWS, seed=seed)
+        # Where it is edited a random direction moves as far by construction: no test.
+        here = table["place"] == f"layer {subject.layer}"
+        table.loc[here, ["random_norm", "random_sd", "ratio", "p"]] = np.nan
+        return table
+
     return {
         "fidelity": lambda: causal.fidelity(site, dictionary).rename_axis("place").reset_index(),
-        "causal": lambda: causal.effects(site, dictionary, concepts, set=0.0, seed=seed),
+        "causal": ablated,
     }
 
 

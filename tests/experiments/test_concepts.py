@@ -69,7 +69,12 @@ def test_what_is_left_agrees(finished: Path, settings: dict[str, Any]) -> None:
 
     table = pd.read_parquet(finished / "features.parquet").set_index("feature")
     studied = table[table["n_important"].notna() & (table["kind"] == "concept")].index
-    assert len(studied) == (table["kind"] == "neuron").sum() == SMALL["most"]
+    assert table.loc[studied, "drawn"].sum() == SMALL["most"]
+    assert (table["kind"] == "neuron").sum() == SMALL["most"]
+    concepts_of = table[table["kind"] == "concept"]
+    for label in adata.obs["subpop"].unique():  # whose best concept is studied, drawn or not
+        best = concepts_of.loc[concepts_of["subpop:best"] == label, "subpop:auroc"]
+        assert best.empty or best.idxmax() in studied
     latents = [int(name.removeprefix("concept_")) for name in studied]
     np.testing.assert_allclose(table.loc[studied, "density"], (z[:, latents] > 0).mean(axis=0))
 
@@ -91,6 +96,17 @@ def test_what_is_left_agrees(finished: Path, settings: dict[str, Any]) -> None:
     first = gsea[gsea["feature"] == studied[0]].set_index("term")
     assert table.loc[studied[0], "attribution:p"] == first["p"].min()
     assert set(gsea["feature"]) == set(table.index[table["n_important"].notna()])
+
+    strengths = pd.read_csv(finished / "strengths.csv").set_index("kind")
+    assert strengths.loc["concepts, attribution", "n"] == SMALL["most"]
+    assert strengths.loc["neurons, attribution", "terms"] == 40
+    methods = pd.read_csv(finished / "methods.csv").set_index(["task", "method"])
+    three = pd.read_csv(finished / "table_3.csv")
+    own = methods.loc[("subpop", "TopK SAE (30)")]
+    assert own["r2"] == pytest.approx(three["validation_r2"][0], abs=1e-4)  # of held-out cells
+    causal = pd.read_parquet(finished / "causal.parquet").set_index("place")
+    assert causal.loc[["layer latent"], "p"].isna().all()
+    assert causal.loc[["output fractions"], "p"].notna().all()
 
     # Exchanging genes best first leaves less than at random.
     curves = pd.read_parquet(finished / "deletion.parquet").query("kind == 'deletion'")
