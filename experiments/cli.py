@@ -23,6 +23,7 @@ PROGRAMS = {
     "lens-compare": "finished runs of the lens in; features matched, shared terms, seeds out",
     "programs": "layers of a model and cells in; types, genes and marker sets of features out",
     "steer": "a dictionary, cells and a decoder in; what turning features up does, out",
+    "concepts": "cells and a model in; concepts, their genes, terms, stability and use out",
     "sweep": "an embedding in; a dictionary per configuration, their metrics and frontier out",
 }
 MODULES = {  # whose names differ

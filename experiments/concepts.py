@@ -1,8 +1,8 @@
 r"""Concepts of a single-cell model: dictionaries, attributed genes, terms, stability, usefulness.
 
-    python -m experiments.concepts --h5ad=kang.h5ad --labels=condition --n_latents=24 \
+    sae-jax concepts --h5ad=kang.h5ad --labels=condition --n_latents=24 \
         --k_share=0.5 --gene_sets=ReactomePathways.gmt --workdir=runs/kang
-    python -m experiments.concepts --h5ad=cells.h5ad --labels=cell_type --model=scgpt \
+    sae-jax concepts --h5ad=cells.h5ad --labels=cell_type --model=scgpt \
         --checkpoint=scGPT_human --n_latents=1000,2000,5000 --workdir=runs/scgpt
 
 Claye et al., whole. Cells are embedded by --model: a checkpoint of `extract`, or an scVI trained
@@ -283,7 +283,8 @@ class Explained:
       concepts, neurons: names of the attributed ones.
       attribution: [concepts then neurons, genes of the subject].
       dge: the same of log2 fold changes, of the concepts alone.
-      strengths, table_6, deletion, pairs: tables; the last two may be None.
+      strengths, table_6, deletion: tables, of concepts drawn at random but for the last.
+      stability: of all concepts of all seeds; None of one seed.
     """
 
     features: pd.DataFrame
