@@ -213,7 +213,10 @@ def _large(
 
 `python -m experiments.simulation.large {_given(settings)} --workdir=DIR`: {settings["cells"]:,}
 cells of {settings["genes"]:,} genes (the paper: 100,000 of 20,000), a tenth of them held out; all
-numbers are of these. All dictionaries: [{prefix}.csv]({prefix}.csv).
+numbers are of these. At most {settings["epochs"]:,} epochs of an autoencoder and
+{settings["sae_epochs"]} of a dictionary (the paper stops when 20 epochs bring nothing): where
+these are few, a dictionary is still near its start, and Table S5, the structure and their verdicts
+are of that one, not of the paper's. All dictionaries: [{prefix}.csv]({prefix}.csv).
 
 ### Superposition
 

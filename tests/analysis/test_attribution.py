@@ -368,6 +368,16 @@ def test_a_concept_without_pairs_is_nan(caplog: pytest.LogCaptureFixture) -> Non
 # Resuming
 
 
+def test_a_coder_of_other_numbers_is_another_one(tmp_path: Path) -> None:
+    x = Planted().embed(CELLS)
+    coder = Neurons.of(x)
+    pairs = find_pairs(Planted(), coder, CELLS)
+    attribute(Planted(), coder, CELLS, pairs=pairs, folder=tmp_path / "kept", **QUIET)
+    other = Neurons(coder.median + np.float32(0.01))
+    with pytest.raises(InputError, match="holds an attribution of other dictionary"):
+        attribute(Planted(), other, CELLS, pairs=pairs, folder=tmp_path / "kept", **QUIET)
+
+
 def test_finished_blocks_are_not_done_again(tmp_path: Path) -> None:
     coder, folder = Threshold(), tmp_path / "kept"
     call: dict[str, Any] = {"folder": folder, "block": 2, "samples": True, **QUIET}
