@@ -8,10 +8,17 @@ from typing import Any
 from sae_jax import InputError, files, workdir
 
 
-def check(folder: str | None, name: str, settings: dict[str, Any], overwrite: bool) -> Path:
+def check(
+    folder: str | None,
+    name: str,
+    settings: dict[str, Any],
+    overwrite: bool,
+    growing: Iterable[str] = (),
+) -> Path:
     """The folder, if it may be filled: new, empty, or of a run of the same settings.
 
-    name: of the file of settings, which tells a folder of ours from anybody's.
+    name: of the file of settings, which tells a folder of ours from anybody's. growing: settings
+    that may differ, as they only say how many of independent results are asked for.
 
     Raises:
       InputError: no folder, one that cannot be written, or one that holds anything else.
@@ -27,9 +34,10 @@ def check(folder: str | None, name: str, settings: dict[str, Any], overwrite: bo
             found = json.loads((out / name).read_text())
         except ValueError as error:
             raise InputError(f"{out / name} is damaged: {error}") from None
-        if found != settings:
+        free = dict.fromkeys(growing)
+        if difference := workdir.difference(found | free, settings | free):
             raise InputError(
-                f"{out} holds a run of other settings:\n  {workdir.difference(found, settings)}\n"
+                f"{out} holds a run of other settings:\n  {difference}\n"
                 "Give another folder, or --overwrite."
             )
     return out

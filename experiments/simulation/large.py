@@ -17,7 +17,8 @@ Dictionaries (Table S4: vanilla, loss a mean as in the authors' code, batch 128,
 trained on the latents of --sae_models, first of --seeds; beside them stand PCA, ICA and SVD. What
 single latents recover and which genes they are connected to is measured on the cells held out.
 
-The same command again goes on where an earlier one stopped. It must show figures 1C, S1 (without
+The same command again goes on where an earlier one stopped, and with more --models (the same
+--sae_models) takes those in. It must show figures 1C, S1 (without
 the single-cell data), S2 and S13, Table S5, and the order of recovery of section 4.1: X'' > A, B,
 X' > X. --page=FILE.md writes the results page.
 """
@@ -94,7 +95,7 @@ def main() -> None:
     # 1. Refuse what is wrong before anything is written.
     if FLAGS.quick:
         take_quick_settings()
-    out = folders.check(FLAGS.workdir, SETTINGS, settings(), FLAGS.overwrite)
+    out = folders.check(FLAGS.workdir, SETTINGS, settings(), FLAGS.overwrite, growing=["models"])
     if FLAGS.page:
         workdir.check_writable(Path(FLAGS.page).resolve().parent)
     names, seeds = asked_models(), asked_seeds("seeds")
@@ -223,7 +224,8 @@ def take_quick_settings() -> None:
 
 def settings() -> dict[str, Any]:
     """What the results depend on."""
-    return {name: FLAGS[name].value for name in SETTING_FLAGS}
+    values = {name: FLAGS[name].value for name in SETTING_FLAGS}
+    return values | {"sae_models": asked_sae_models(asked_models())}
 
 
 def asked_models() -> list[str]:
