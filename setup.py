@@ -13,16 +13,19 @@ EXTRAS = {
     "extract": ["torch>=2.4", "transformers>=4.44"],
     "tensorboard": ["tensorboardX>=2.6"],
     "search": ["optuna>=4"],
-    "browser": ["fastapi", "uvicorn", "jinja2", "plotly"],
+    "browser": ["jinja2>=3.1", "plotly>=6", "starlette>=0.45", "uvicorn>=0.30"],
     "cuda": ["jax[cuda13]"],
 }
 EXTRAS["dev"] = [
     *EXTRAS["single-cell"],
+    *EXTRAS["browser"],
     *EXTRAS["tensorboard"],
     *EXTRAS["extract"],
     "scvi-tools>=1.2",
     "build",
+    "httpx2",
     "hypothesis",
+    "playwright",
     "pytest",
     "pytest-xdist",
     "ruff",
@@ -45,7 +48,7 @@ setup(
             for suffix in ("", ".*")
         ]
     ),
-    package_data={"analysis": ["data/*"]},
+    package_data={"analysis": ["data/*", "browser/static/*", "browser/templates/*"]},
     install_requires=[
         "absl-py>=2.1",
         "anndata>=0.12",

@@ -14,7 +14,7 @@ from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 PACKAGES = ("sae_jax", "extract", "analysis", "experiments")
-DATA = ("analysis/data/immune_programs.gmt", "analysis/data/cell_cycle.tsv")
+DATA = ("analysis/data", "analysis/browser/static", "analysis/browser/templates")
 IMPORT_ALL = """
 import importlib, sys
 site, libraries, *names = sys.argv[1:]
@@ -48,7 +48,9 @@ def main() -> None:
         strangers = {path.name for path in site.iterdir() if path.is_dir()} - {*PACKAGES, "bin"}
         strangers = {name for name in strangers if not name.endswith(".dist-info")}
         assert not strangers, f"the wheel installs {strangers}"
-        missing = [name for name in DATA if not (site / name).is_file()]
+        data = [path for name in DATA for path in (CHECKOUT / name).iterdir() if path.is_file()]
+        names = [path.relative_to(CHECKOUT) for path in data]
+        missing = [str(name) for name in names if not (site / name).is_file()]
         assert not missing, f"the wheel lacks {missing}"
         found = {m.name for m in pkgutil.walk_packages([str(site)]) if m.name in PACKAGES}
         assert found == set(PACKAGES), f"the wheel lacks {set(PACKAGES) - found}"

@@ -72,6 +72,29 @@ def shuffled(values: Any, pairs: Pairs, seed: int = 0) -> list[np.ndarray]:
     return found
 
 
+def held_out(pairs: Pairs, first: int) -> Pairs:
+    """The pairs of other prototypes than each concept's `first` most active ones.
+
+    An order of genes that was found on those is then tested on cells that it has not seen; in its
+    own cells even a random gene's attribution is an effect.
+
+    Args:
+        pairs: with more than `first` prototypes a concept, where there are as many cells.
+        first: how many are left out; a concept without others has no pairs then.
+
+    Raises:
+        InputError: none are left out.
+    """
+    if first < 1:
+        raise InputError(f"first={first}: leave out 1 prototype at least.")
+    new = np.append(True, pairs.prototype[1:] != pairs.prototype[:-1])
+    new[1:] |= pairs.concept[1:] != pairs.concept[:-1]
+    rank = np.cumsum(new) - 1  # of the prototype: over all concepts, then within its own
+    rank -= rank[np.searchsorted(pairs.concept, pairs.concept)]
+    parts = (pairs.concept, pairs.prototype, pairs.counterfactual, pairs.distance)
+    return Pairs(pairs.concepts, *(part[rank >= first] for part in parts))
+
+
 def curves(
     model: Embedder,
     dictionary: Coder | str,

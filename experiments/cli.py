@@ -1,6 +1,7 @@
 """The console script `sae-jax`, and how every program of this package starts.
 
-A program is a module with `main()` and `define_flags()`. Flags are not defined when a module is
+A program is a module with `main()` and `define_flags()`; one with ARGUMENTS, the name of what its
+command takes beside flags, gets that: `main(arguments)`. Flags are not defined when a module is
 imported: absl has one set of them a process, where two programs cannot both define --workdir.
 """
 
@@ -14,7 +15,7 @@ from collections.abc import Callable, Sequence
 from absl import app, flags, logging
 
 from extract.errors import InputError as ExtractionError
-from sae_jax import InputError, distributed
+from sae_jax import InputError
 
 PROGRAMS = {
     "quickstart": "cells and an embedding in; named features, tables, figures and a report out",
@@ -25,6 +26,7 @@ PROGRAMS = {
     "steer": "a dictionary, cells and a decoder in; what turning features up does, out",
     "concepts": "cells and a model in; concepts, their genes, terms, stability and use out",
     "sweep": "an embedding in; a dictionary per configuration, their metrics and frontier out",
+    "browse": "folders of the lens or of concepts in; pages to explore them, or an expert study",
 }
 MODULES = {  # whose names differ
     "lens": "feature_lens",
@@ -44,15 +46,20 @@ def main() -> None:
         sys.exit(0 if program in ("-h", "--help", "--helpfull") else 2)
     module = importlib.import_module(f"experiments.{MODULES.get(program, program)}")
     sys.modules["__main__"].__doc__ = module.__doc__  # what --help prints
-    launch(module.main, module.define_flags, [f"sae-jax {program}", *sys.argv[2:]])
+    arguments = getattr(module, "ARGUMENTS", None)
+    launch(module.main, module.define_flags, [f"sae-jax {program}", *sys.argv[2:]], arguments)
 
 
 def launch(
-    program: Callable[[], None],
+    program: Callable[..., None],
     define_flags: Callable[[], None],
     argv: Sequence[str] | None = None,
+    arguments: str | None = None,
 ) -> None:
-    """Run an absl program: plain log lines, all CPU cores, and bad input as one line and exit 2."""
+    """Run an absl program: plain log lines, all CPU cores, and bad input as one line and exit 2.
+
+    arguments: what the program takes beside flags, if anything; it is called with the list.
+    """
     before = set(flags.FLAGS)
     define_flags()
     for name in set(flags.FLAGS) - before:  # of the main module: --help shows them
@@ -65,9 +72,9 @@ def launch(
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
 
-    def run(arguments: Sequence[str]) -> None:
-        if len(arguments) > 1:
-            print(f"error: unexpected arguments: {' '.join(arguments[1:])}", file=sys.stderr)
+    def run(given: Sequence[str]) -> None:
+        if len(given) > 1 and arguments is None:
+            print(f"error: unexpected arguments: {' '.join(given[1:])}", file=sys.stderr)
             sys.exit(2)
         logging.set_verbosity(logging.INFO)
         logging.get_absl_handler().setFormatter(None)
@@ -76,10 +83,12 @@ def launch(
         for chatty in ("jax", "anndata"):
             python_logging.getLogger(chatty).setLevel(python_logging.WARNING)
         _few_arenas()
-        distributed.use_all_cpu_cores()
-        distributed.use_compilation_cache()
         try:
-            program()
+            if arguments is None:
+                _prepare_jax()
+                program()
+            else:
+                program(list(given[1:]))
         except (InputError, ExtractionError) as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
@@ -95,6 +104,14 @@ def launch(
             sys.exit(130)
 
     app.run(run, argv=None if argv is None else list(argv), flags_parser=parse)
+
+
+def _prepare_jax() -> None:
+    """Only of programs that compute: who only reads results does not load JAX."""
+    from sae_jax import distributed
+
+    distributed.use_all_cpu_cores()
+    distributed.use_compilation_cache()
 
 
 def _few_arenas() -> None:

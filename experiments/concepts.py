@@ -22,7 +22,6 @@ a deletion curve below those of differential expression and of random genes. A c
 active in 1.6 % of the cells cannot tell half of them, hence the few and dense ones.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,10 +32,17 @@ import pandas as pd
 from absl import flags, logging
 
 import extract
-import sae_jax
-from analysis import cells, concept_terms, probes
-from analysis.neurons import Neurons
-from experiments import cli, folders, scvi_model
+from analysis import cells, probes
+from experiments import (
+    cli,
+    concepts_explained,
+    concepts_learned,
+    concepts_page,
+    folders,
+    replicates,
+    run_folder,
+    scvi_model,
+)
 from experiments import concepts_study as study
 from experiments import inputs as reading
 from experiments.concepts_study import Subject
@@ -48,24 +54,30 @@ SETTINGS = "concepts.json"
 FILES = {
     "report.html": "the page: everything below, to look at",
     "table_3.csv": "every dictionary: c, k, seed, R2, L0, active concepts",
+    "features.h5ad": "cells x live concepts and neurons, as sae-jax browse reads them",
     "features.parquet": "one row per live concept studied, and per neuron: cells, genes, terms",
     "attribution.parquet": "gene by gene what each feature's activation owes to it",
+    "samples.parquet": "the same of single prototypes and counterfactuals, by row of the cells",
+    "gene_sets.parquet": "the terms and their genes, as tested",
     "dge.parquet": "differential expression of the same features and genes",
     "gsea_attribution.parquet": "feature x term: ES, NES, p, q of the attributed genes",
     "gsea_dge.parquet": "the same of fold changes",
     "strengths.csv": "strong, weak and no annotation: concepts and neurons",
     "table_6.csv": "attribution-GSEA and DGE-GSEA compared",
     "deletion.parquet": "activation left as genes are exchanged, by order of the genes",
-    "stability.parquet": "one row a concept of each seed: replication by direction, by activation",
+    "deletion_held_out.parquet": "the same in prototypes that attribution was not computed on",
+    replicates.FILE: "one row a concept of each seed: replication by direction, by activation",
+    replicates.CONSENSUS: "the concepts that most seeds have, as one dictionary, if --consensus",
     "methods.csv": "concepts, neurons and other methods: R2, L0, accuracy (Tables 4, 5)",
     "coefficients.csv": "the concepts that speak most for each class, with their genes",
     "causal.parquet": "ablated concepts beside random directions",
     "fidelity.parquet": "what survives a spliced reconstruction",
     "figures": "PNG and PDF",
-    "sweep": "the dictionaries, a folder of sae_jax.train",
+    "dictionary": "the one studied; --dictionary of other programs takes it",
+    "sweep": "all dictionaries, a folder of sae_jax.train",
     "scvi": "the model trained here, as scvi-tools saves it",
 }
-KEPT = ("embedding.npy", "attribution")
+KEPT = ("embedding.npy", "attribution", run_folder.MAP)
 
 
 def define_flags() -> None:
@@ -84,6 +96,7 @@ def define_flags() -> None:
     flags.DEFINE_float("k_share", 0.016, "Active concepts of a cell, of all (k of TopK).", 0, 1)
     flags.DEFINE_integer("studied", None, "Which of these; default: nearest to ten times d.", 1)
     flags.DEFINE_list("seeds", ["0", "42", "9307"], "Of the dictionaries; the first is studied.")
+    flags.DEFINE_bool("consensus", False, "Also save a dictionary of the concepts that come back.")
     flags.DEFINE_integer("epochs", 300, "Of the dictionaries.", 1)
     flags.DEFINE_float("learning_rate", 1e-3, "Of the dictionaries.")
     flags.DEFINE_integer("most", 100, "Concepts, and neurons, that are attributed, at most.", 1)
@@ -136,20 +149,26 @@ def main() -> None:
         run, train, held_out = study.trained(
             subject.x, chosen, FLAGS.epochs, FLAGS.seed, out / "sweep"
         )
-        write_csv(study.table_3(run), out / "table_3.csv")
+        study.write_csv(study.table_3(run), out / "table_3.csv")
         members = members_studied(run.results, subject.x.shape[1], widths)
 
         # 3. Concepts and neurons, one by one, and as a set.
-        found = explain(subject, run, members, train, out)
-        learned = learn(
-            subject, run.dictionaries[members[0]], found, train, held_out, per_class, out
+        dictionary = run.dictionaries[members[0]]
+        if not (out / "dictionary").exists():
+            dictionary.save(out / "dictionary")
+        found = concepts_explained.explain(subject, run, members, train, out)
+        coordinates = concepts_explained.write_for_browsing(
+            subject, dictionary, found, settings, out
         )
-        tested = test_in_model(subject, run.dictionaries[members[0]], found, out)
+        learned = concepts_learned.learn(
+            subject, dictionary, found, train, held_out, per_class, out
+        )
+        tested = concepts_learned.test_in_model(subject, dictionary, found, out)
 
         # 4. The figures and the page.
-        from experiments import concepts_page
-
-        concepts_page.write(out, subject, run, members, found, learned, tested, settings)
+        concepts_page.write(
+            out, subject, run, members, found, learned, tested, coordinates, settings
+        )
     print(f"\n{out}/")
     for name, what in FILES.items():
         if (out / name).exists():
@@ -271,223 +290,6 @@ def members_studied(results: pd.DataFrame, d: int, widths: Sequence[int]) -> lis
     if chosen.empty:
         raise InputError(f"every dictionary of {width} concepts diverged: lower --learning_rate")
     return chosen.index.tolist()
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Explained:
-    """Concepts and neurons, and what was found of each.
-
-    Attributes:
-      features: one row a concept or neuron (index: names): `kind`, cells, labels, genes, terms.
-      latents: of the attributed concepts, in the order of the tables.
-      concepts, neurons: names of the attributed ones.
-      attribution: [concepts then neurons, genes of the subject].
-      dge: the same of log2 fold changes, of the concepts alone.
-      strengths, table_6, deletion: tables, of concepts drawn at random but for the last.
-      stability: of all concepts of all seeds; None of one seed.
-    """
-
-    features: pd.DataFrame
-    latents: np.ndarray
-    concepts: list[str]
-    neurons: list[str]
-    attribution: np.ndarray
-    dge: np.ndarray
-    strengths: pd.DataFrame
-    table_6: pd.DataFrame
-    deletion: pd.DataFrame
-    stability: pd.DataFrame | None
-
-
-def explain(
-    subject: Subject, run: sae_jax.Run, members: list[int], train: np.ndarray, out: Path
-) -> Explained:
-    """Cells, genes, terms, stability and deletion curves of concepts and of neurons."""
-    dictionary, x = run.dictionaries[members[0]], subject.x
-    z = dictionary.encode(x, sparse=True)
-    live = np.flatnonzero(z[train].getnnz(axis=0))
-    cells_of = study.described(z[:, live], subject.labels).assign(kind="concept")
-    cells_of.index = [f"concept_{i}" for i in live]
-    rng = np.random.default_rng(FLAGS.seed)
-    drawn = rng.permutation(live)[: FLAGS.most]
-    telling = study.telling(cells_of)  # of each label, drawn or not
-    latents = np.union1d(drawn, [int(name.removeprefix("concept_")) for name in telling])
-    neurons = Neurons.of(x)
-    sides = np.sort(rng.permutation(neurons.n_components)[: FLAGS.most])
-    groups = {
-        "concepts": (dictionary, latents, [f"concept_{i}" for i in latents]),
-        "neurons": (neurons, sides, [neurons.names()[i] for i in sides]),
-    }
-    names = {kind: name for kind, (_, _, name) in groups.items()}
-    logging.info("%d live concepts, %d of them attributed; %d neurons", len(live), len(latents),
-                 len(sides))  # fmt: skip
-
-    # Cells: all live concepts, and the neurons attributed.
-    codes = {
-        kind: coder.encode(x, sparse=True)[:, which] for kind, (coder, which, _) in groups.items()
-    }
-    sides_of = study.described(codes["neurons"], subject.labels).assign(kind="neuron")
-    table = pd.concat([cells_of, sides_of.set_axis(names["neurons"])])
-    table["drawn"] = table.index.isin([*(f"concept_{i}" for i in drawn), *names["neurons"]])
-    stability = None
-    if len(members) > 1:
-        stability = study.kept(
-            out / "stability.parquet",
-            lambda: study.replicated(run, x, members, FLAGS.seed).features,
-        )
-        own = stability[stability["dictionary"] == 0].set_index("feature")
-        for column in ("replicated_by_direction", "replicated_by_activation", "best_cosine"):
-            table.loc[[f"concept_{i}" for i in live], column] = own.loc[live, column].to_numpy()
-
-    # Genes.
-    attributed = study.kept(
-        out / "attribution.parquet",
-        lambda: study.attributed(subject, groups, out / "attribution", **samples()),
-    )
-    every = [*names["concepts"], *names["neurons"]]
-    scores = study.wide(attributed, "attribution", every)
-    dge = study.kept(
-        out / "dge.parquet",
-        lambda: study.differences(subject, codes["concepts"], names["concepts"]),
-    )
-    fold = study.wide(dge, "log2_fold_change", names["concepts"])
-    order = np.argsort(-scores, axis=1, kind="stable")[:, :10]
-    symbols = subject.expression.genes
-    without = np.isnan(scores).all(axis=1)  # no cell has the concept, or all have
-    table.loc[every, "n_important"] = np.where(
-        without, np.nan, (scores > study.IMPORTANT).sum(axis=1)
-    )
-    table.loc[every, "top_genes"] = [
-        ", ".join(str(symbols[g]) for g in row if scores[i, g] > 0) for i, row in enumerate(order)
-    ]
-
-    # Terms.
-    n_concepts = len(names["concepts"])
-    settings = {"permutations": FLAGS.permutations, "seed": FLAGS.seed}
-    found = {
-        "attribution": study.kept(
-            out / "gsea_attribution.parquet",
-            lambda: study.enriched(scores, subject, every, score_type="pos", **settings),
-        ),
-        "dge": study.kept(
-            out / "gsea_dge.parquet",
-            lambda: study.enriched(fold, subject, names["concepts"], score_type="std", **settings),
-        ),
-    }
-    for method, terms in found.items():
-        best = study.best_terms(terms)
-        for column in best:
-            table.loc[best.index, f"{method}:{column}"] = best[column]
-    at_random = [name for name in names["concepts"] if table.loc[name, "drawn"]]
-    frequent = [name for name in at_random if table.loc[name, "n_active"] >= study.ENOUGH]
-    strengths = study.strengths(
-        {
-            "concepts, attribution": (table.loc[at_random], "attribution"),
-            f"of these with {study.ENOUGH} cells": (table.loc[frequent], "attribution"),
-            "neurons, attribution": (table.loc[names["neurons"]], "attribution"),
-            "concepts, DGE": (table.loc[at_random], "dge"),
-        },
-        {method: study.tested_terms(terms) for method, terms in found.items()},
-    )
-    first = {"attribution": found["attribution"].iloc[: len(found["dge"])], "dge": found["dge"]}
-    compared = study.compared(first, scores[:n_concepts], fold, subject, names["concepts"])
-    table.loc[every, "in_no_term"] = concept_terms.share_in_no_term(
-        scores > study.IMPORTANT, subject.sets.membership
-    )
-    table_6 = concept_terms.table_6(compared[compared["feature"].isin(at_random)])
-    files.write_parquet(out / "features.parquet", table.rename_axis("feature").reset_index())
-    write_csv(strengths.reset_index(), out / "strengths.csv")
-    write_csv(table_6.rename_axis("quantity").reset_index(), out / "table_6.csv")
-
-    # Deletion.
-    deletion = study.kept(
-        out / "deletion.parquet",
-        lambda: study.deleted(
-            subject,
-            dictionary,
-            latents,
-            scores[:n_concepts],
-            fold,
-            study.wide(dge, "log10_p", names["concepts"]),
-            FLAGS.seed,
-            **samples(),
-        ),
-    )
-    return Explained(
-        table, latents, names["concepts"], names["neurons"], scores, fold, strengths, table_6,
-        deletion, stability,
-    )  # fmt: skip
-
-
-def samples() -> dict[str, int]:
-    """How many cells attribution takes of each kind."""
-    return {"prototypes": FLAGS.prototypes, "counterfactuals": FLAGS.counterfactuals}
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Learned:
-    """What can be read off concepts, neurons and others: methods, and concepts that speak.
-
-    methods: a row per task and method. confusion: by task and of concepts or neurons.
-    coefficients: the concepts that speak most for each class.
-    """
-
-    methods: pd.DataFrame
-    confusion: dict[str, pd.DataFrame]
-    coefficients: pd.DataFrame
-    split: dict[str, Any]
-
-
-def learn(
-    subject: Subject,
-    dictionary: sae_jax.Dictionary,
-    found: Explained,
-    train: np.ndarray,
-    held_out: np.ndarray,
-    per_class: Sequence[int],
-    out: Path,
-) -> Learned:
-    """Tables 4 and 5: other methods, and what logistic regression learns from each."""
-    coders = study.methods(subject.x, dictionary, train, FLAGS.seed, 20 if FLAGS.quick else 500)
-    tasks = {FLAGS.labels[0]: subject.labels[FLAGS.labels[0]]}
-    tasks |= study.phases(subject, FLAGS.seed)
-    coded = study.reconstructions(coders, subject.x[held_out])
-    tables, confusion, split, coefficients = [], {}, {}, []
-    for task, labels in tasks.items():
-        table, learned, split[task] = study.useful(
-            subject, coders, labels, per_class=tuple(per_class), seed=FLAGS.seed,
-            max_iter=100 if task == study.CYCLE else 50,
-        )  # fmt: skip
-        table = coded.join(table[["accuracy", "probe_converged"]], how="right")
-        tables.append(table.rename_axis("method").reset_index().assign(task=task))
-        concepts = next(iter(coders))
-        confusion |= {(task, name): learned[name].confusion for name in (concepts, "neurons")}
-        coefficients.append(
-            study.speaking(learned[concepts], found, subject.expression.genes).assign(task=task)
-        )
-    methods = pd.concat(tables, ignore_index=True)
-    spoken = pd.concat(coefficients, ignore_index=True)
-    write_csv(methods, out / "methods.csv")
-    write_csv(spoken, out / "coefficients.csv")
-    return Learned(methods, confusion, spoken, split)
-
-
-def test_in_model(
-    subject: Subject, dictionary: sae_jax.Dictionary, found: Explained, out: Path
-) -> dict[str, pd.DataFrame]:
-    """Concepts ablated in the model, beside random directions; what a reconstruction keeps."""
-    strongest = found.features.loc[found.concepts, "mean_activation"].to_numpy()
-    features = found.latents[np.argsort(-strongest, kind="stable")[: FLAGS.causal]]
-    return {
-        name: study.kept(out / f"{name}.parquet", make)
-        for name, make in study.causal_tests(subject, dictionary, features, FLAGS.seed).items()
-    }
-
-
-def write_csv(table: pd.DataFrame, path: Path) -> None:
-    """Whole or not at all."""
-    with files.write_aside(path) as fresh:
-        table.to_csv(fresh, index=False)
 
 
 if __name__ == "__main__":

@@ -13,11 +13,12 @@ import pandas as pd
 import sae_jax
 from analysis import concept_terms, deletion, plots, report
 from analysis.gene_sets import Coverage
-from experiments import concepts_figures
-from experiments.concepts_study import telling
+from experiments import concepts_figures, replicates
+from experiments import concepts_study as study
 
 if TYPE_CHECKING:
-    from experiments.concepts import Explained, Learned
+    from experiments.concepts_explained import Explained
+    from experiments.concepts_learned import Learned, Tested
     from experiments.concepts_study import Subject
 
 TOP = 12
@@ -30,6 +31,11 @@ PAPER_METHODS = (
     "semi-NMF (scGPT), .980 against .849 (scVI); cell types from concepts / neurons .860 / .869 "
     "(scGPT), .853 / .853 (scVI); cell cycle .487 / .482 and .485 / .493."
 )
+SEMI_NMF = (
+    "Semi-NMF has as many codes above 0 as it likes; with a number a cell at most as many as TopK, "
+    "by matching pursuit, which is a search in each cell where TopK's encoder is one product. R2 "
+    "and L0 are of cells that nothing was fitted to."
+)
 
 
 def write(
@@ -40,10 +46,12 @@ def write(
     found: Explained,
     learned: Learned,
     tested: dict[str, pd.DataFrame],
+    coordinates: np.ndarray,
     settings: dict[str, Any],
 ) -> None:
-    """Draw the figures into `out`/figures and write `out`/report.html."""
-    pictures = draw(out / "figures", subject, run.dictionaries[members[0]], found, learned)
+    """Draw the figures into `out`/figures, cells at their coordinates, and write
+    `out`/report.html."""
+    pictures = draw(out / "figures", subject, coordinates, found, learned)
     report.write(
         out / "report.html",
         "Concepts of an embedding",
@@ -52,21 +60,18 @@ def write(
 
 
 def draw(
-    folder: Path, subject: Subject, dictionary: sae_jax.Dictionary, found: Explained,
-    learned: Learned,
-) -> dict[str, Path]:  # fmt: skip
+    folder: Path, subject: Subject, coordinates: np.ndarray, found: Explained, learned: Learned
+) -> dict[str, Path]:
     """Every figure, PNG and PDF."""
     table = found.features
     every = [*found.concepts, *found.neurons]
     shown = shown_concepts(found)
     scores = {name: found.attribution[every.index(name)] for name in shown}
-    coordinates, axis = plots.plane(subject.x)
-    z = dictionary.encode(subject.x, sparse=True)
-    latents = [int(name.removeprefix("concept_")) for name in shown]
     titles = [f"{name}: {concepts_figures.term(table.loc[name])}" for name in shown]
     figures = {
         "cells": plots.cells_by_feature(
-            coordinates, axis, z[:, latents], titles, subject.labels.iloc[:, 0]
+            coordinates, "map", found.z[:, table.index.get_indexer(shown)], titles,
+            subject.labels.iloc[:, 0],
         ),
         "attributed": concepts_figures.attributed(
             table, shown[:PICTURED], scores, subject.expression.genes
@@ -74,7 +79,9 @@ def draw(
         "strengths": concepts_figures.strengths(found.strengths),
         "deletion": deletion.figure(found.deletion),
         "confusion": concepts_figures.confusion(learned.confusion),
-    }
+    }  # fmt: skip
+    if len(found.held_out):
+        figures["deletion_held_out"] = deletion.figure(found.held_out)
     if found.stability is not None:
         figures["replication"] = concepts_figures.replication(found.stability)
     return {name: plots.save(figure, folder, name) for name, figure in figures.items()}
@@ -83,7 +90,7 @@ def draw(
 def shown_concepts(found: Explained) -> list[str]:
     """For each column and label the concept that tells it best, then the most surely annotated."""
     table = found.features.loc[found.concepts]
-    chosen = telling(table)
+    chosen = study.telling(table)
     chosen += table.sort_values("attribution:p").index.tolist()
     return list(dict.fromkeys(chosen))[: TOP - 1]
 
@@ -110,12 +117,19 @@ def told(found: Explained, learned: Learned, follow: Sequence[str]) -> list[str]
         if follow:
             genes = row["top_genes"].split(", ")
             lines.append(f"  followed and among its ten genes: {sorted(set(genes) & set(follow))}")
-    curves = deletion.areas(found.deletion).groupby("kind").mean()
-    lines += [f"area under {kind} curves: {_dict(row)}" for kind, row in curves.iterrows()]
+    for where, table_of in (("", found.deletion), (" of held-out prototypes", found.held_out)):
+        if len(table_of):
+            curves = deletion.areas(table_of).groupby("kind").mean()
+            n = table_of["concept"].nunique()
+            lines += [
+                f"area under {kind} curves{where} ({n} concepts): {_dict(row)}"
+                for kind, row in curves.iterrows()
+            ]
     for name, row in found.strengths.iterrows():
         lines.append(
             f"{name}: strong {row['strong']:.0%}, weak {row['weak']:.0%} of {row['n']:g}; by "
-            f"chance {row['chance']:.0%} strong or weak; with a term of q <= .05 {row['q']:.0%}"
+            f"chance {row['chance']:.0%} strong or weak; with a term of q <= .05 {row['q']:.0%}; "
+            f"{row['few_cells']:g} are active in fewer than {study.FEW} cells"
         )
     for task, part in learned.methods.groupby("task", sort=False):
         accuracy = part.set_index("method")["accuracy"]
@@ -135,7 +149,6 @@ def sections(
 ) -> list[tuple[str, list[str]]]:
     """Heading and pieces of HTML of each part of the page."""
     from experiments.concepts import FILES
-    from experiments.concepts_study import table_3
 
     chosen = run.results.loc[members[0]]
     n_live = int((found.features["kind"] == "concept").sum())
@@ -167,7 +180,8 @@ def sections(
                 report.picture(pictures["strengths"], "Best term by prerank GSEA.", "40rem"),
                 report.table(found.strengths.reset_index()),
                 report.paragraph(
-                    "The best of many terms has a small p by chance alone: see the columns. Of a "
+                    "The best of many terms has a small p by chance alone: see the columns. "
+                    f"{_few(found)} Of a "
                     f"concept's important genes (attribution above .05) "
                     f"{_mean(found, 'in_no_term')} are in no term, in the mean."
                 ),
@@ -184,6 +198,7 @@ def sections(
                     "in the paper.",
                     "40rem",
                 ),
+                *_held_out(found, pictures, settings["prototypes"]),
                 report.table(found.table_6.rename_axis("quantity").reset_index()),
                 report.paragraph(
                     "The paper's Table 6, its exchanged cells put right: "
@@ -196,33 +211,22 @@ def sections(
             "Other methods, and what can be learned from each",
             [
                 report.paragraph(PAPER_METHODS),
-                report.items([
-                    f"{task}: {split.n_train} and {split.n_test} cells a class of "
-                    f"{len(split.classes)} (chance {1 / len(split.classes):.2f}), "
-                    f"{split.factor:.3g} of what was asked for; left out, with few cells: "
-                    f"{_dict(split.left_out) or 'none'}"
-                    for task, split in learned.split.items()
-                ]),
+                report.paragraph(SEMI_NMF),
+                report.items([_tested(task, cells) for task, cells in learned.tested.items()]),
                 report.table(learned.methods),
                 report.picture(pictures["confusion"], "Shares of a class's test cells.", "60rem"),
                 report.table(learned.coefficients),
             ],
         ),
-        ("Dictionaries (Table 3)", [report.table(table_3(run))]),
+        ("Dictionaries (Table 3)", [report.table(study.table_3(run))]),
     ]  # fmt: skip
     if found.stability is not None:
-        share = found.features["replicated_by_direction"].dropna()
-        active = found.features["replicated_by_activation"].dropna()
+        concepts = found.features[found.features["kind"] == "concept"]
         parts.append(
             (
                 "Stability",
                 [
-                    report.paragraph(
-                        f"{(share > 0).mean():.0%} of the concepts come back in another seed by "
-                        f"direction, {(share == 1).mean():.0%} in all of them (beyond what random "
-                        f"directions reach); by activation {(active > 0).mean():.0%} and "
-                        f"{(active == 1).mean():.0%}."
-                    ),
+                    report.paragraph(f"Of the live concepts {replicates.told(concepts)}."),
                     report.picture(pictures["replication"], "All live concepts of all seeds.",
                                    "50rem"),
                 ],
@@ -247,12 +251,68 @@ def sections(
     return parts
 
 
+def _held_out(found: Explained, pictures: dict[str, Path], prototypes: int) -> list[str]:
+    """The curves of cells that attribution has not seen, beside those of its own for the same
+    concepts."""
+    table = found.held_out
+    told = (
+        f"Held-out prototypes: the next {prototypes} cells of each concept after the {prototypes} "
+        "that its attribution was computed on, with the silent cells nearest to them. "
+    )
+    if not len(table):
+        return [report.paragraph(told + "No concept has as many cells.")]
+    there = found.deletion[found.deletion["concept"].isin(table["concept"])]
+    areas = [deletion.areas(each).groupby("kind").mean() for each in (there, table)]
+    kinds = ["the cells of the attribution", "held-out prototypes"]
+    joined = pd.concat(areas, keys=kinds, names=["cells"]).reset_index()
+    return [
+        report.picture(
+            pictures["deletion_held_out"], "The same in held-out prototypes, which attribution "
+            "has not seen.", "40rem",
+        ),
+        report.paragraph(
+            f"{told}{table['concept'].nunique()} of {found.deletion['concept'].nunique()} concepts "
+            "have some; areas under the curves of these:"
+        ),
+        report.table(joined),
+    ]  # fmt: skip
+
+
+def _tested(task: str, cells: Tested) -> str:
+    """How many cells a probe learned from and was tested on, and whether any method knew them."""
+    split = cells.split
+    where = (
+        "those tested are cells that no dictionary and no other method was fitted to"
+        if cells.unseen
+        else "too few cells of a class were held out of the dictionaries' training, so those "
+        "tested are any cells, most of them seen in training without their labels"
+    )
+    return (
+        f"{task}: {split.n_train} cells a class to learn from and {split.n_test} to be tested on, "
+        f"of {len(split.classes)} classes (chance {1 / len(split.classes):.2f}); {where}; "
+        f"{split.factor:.3g} of what was asked for; left out, with few cells: "
+        f"{_dict(split.left_out) or 'none'}"
+    )
+
+
 def _shown(found: Explained) -> pd.DataFrame:
     table = found.features.loc[shown_concepts(found)]
     columns = ["density", *(name for name in table if name.endswith((":best", ":auroc"))),
-               "replicated_by_direction", "attribution:term", "attribution:p", "dge:term",
+               *replicates.of(table), "attribution:term", "attribution:p", "dge:term",
                "dge:p", "top_genes"]  # fmt: skip
     return table[[name for name in columns if name in table]].rename_axis("concept").reset_index()
+
+
+def _few(found: Explained) -> str:
+    """How many concepts are active in so few cells that labels, genes and terms are of these."""
+    concepts = found.features[found.features["kind"] == "concept"]
+    few = concepts["n_active"] < study.FEW
+    attributed = int(few.loc[found.concepts].sum())
+    return (
+        f"{int(few.sum())} of the {len(concepts)} live concepts are active in fewer than "
+        f"{study.FEW} cells, {attributed} of those attributed: what is told of them is of single "
+        "cells."
+    )
 
 
 def _mean(found: Explained, column: str) -> str:

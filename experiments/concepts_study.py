@@ -1,4 +1,4 @@
-"""The stages of the study of concepts: one function each, arrays and tables in, a table out.
+"""The stages of explaining concepts: one function each, arrays and tables in, a table out.
 
 Concepts are the latents of a dictionary, neurons the sides of the embedding's own dimensions;
 whatever is asked of the ones is asked of the others by the same function. See `concepts` for the
@@ -21,8 +21,6 @@ from scipy import sparse
 import sae_jax
 from analysis import (
     attribution,
-    baselines,
-    causal,
     cells,
     characterisation,
     concept_terms,
@@ -31,21 +29,19 @@ from analysis import (
     features,
     groups,
     gsea,
-    probes,
-    semi_nmf,
-    stability,
 )
 from analysis.gene_sets import GeneSets
-from experiments import folders
+from experiments import folders, run_folder
 from sae_jax import InputError, data, files
 
 VALIDATION = 0.1  # Claye: trained on nine tenths of the cells
 GROUP = 1000  # cells on each side of differential expression, at most
 IMPORTANT = 0.05  # attribution beyond which a gene counts
 METHODS = ("attribution", "dge")
-CAUSAL_CELLS, DRAWS = 300, 20  # cells, and random directions beside each concept
 ENOUGH = 100  # active cells; with fewer the paper has "not enough data"
-CYCLE = "cell cycle"
+FEW = 10  # active cells; with fewer, labels, genes and terms are of single cells
+SIZES = {f"{ENOUGH} or more": (ENOUGH, np.inf), f"fewer than {FEW}": (0, FEW)}
+SAMPLED = 1000  # genes of a feature whose single samples are kept, at most
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -77,10 +73,21 @@ class Subject:
 
 
 def kept(path: Path, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
-    """The table of a stage: read if an earlier run left it whole, else made and written."""
+    """The table of a stage: read if an earlier run left it whole, else made and written; one with
+    rows of features lies in groups of them."""
     if not folders.readable(path):
-        files.write_parquet(path, make())
+        table = make()
+        if "feature" in table and table["feature"].dtype == "category":
+            run_folder.write_by_feature(path, table)
+        else:
+            files.write_parquet(path, table)
     return pd.read_parquet(path)
+
+
+def write_csv(table: pd.DataFrame, path: Path) -> None:
+    """Whole or not at all."""
+    with files.write_aside(path) as fresh:
+        table.to_csv(fresh, index=False)
 
 
 def configs(
@@ -150,54 +157,97 @@ def telling(described: pd.DataFrame) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def replicated(
-    run: sae_jax.Run, x: np.ndarray, members: Sequence[int], seed: int
-) -> stability.Replication:
-    """Replication scores over dictionaries that differ in their seeds."""
-    some = [run.dictionaries[member] for member in members]
-    codes = [dictionary.encode(x, sparse=True) for dictionary in some]
-    return stability.replication(some, codes, embedding=x, seed=seed)
-
-
 def attributed(
     subject: Subject, groups: dict[str, tuple[Any, np.ndarray, list[str]]], folder: Path,
     **samples: int,
-) -> pd.DataFrame:  # fmt: skip
-    """Counterfactual attribution: one row per feature and gene of the subject.
+) -> tuple[pd.DataFrame, pd.DataFrame]:  # fmt: skip
+    """Counterfactual attribution: one row per feature and gene of the subject; and single samples.
 
     Args:
       groups: coder, its latents and their names, of concepts and of neurons.
       folder: where finished blocks are kept.
       samples: `prototypes` and `counterfactuals`.
+
+    Returns:
+      The means; and what they are means of, as `single_samples` has it.
     """
-    place = {gene: i for i, gene in enumerate(subject.exchanged)}
-    columns = [place[gene] for gene in subject.genes]
-    tables = []
+    columns = places(subject)
+    tables, singles = [], []
     for kind, (coder, latents, names) in groups.items():
         found = attribution.attribute(
             subject.model, coder, subject.adata, latents, embedding=subject.x,
-            options=_options(subject), folder=folder / kind, **samples,
+            options=_options(subject), folder=folder / kind, samples=True, **samples,
         )  # fmt: skip
         logging.info("%s: %s", kind, found.forwards)
         tables.append(_long(names, subject, attribution=found.scores[:, columns]))
-    return pd.concat(tables, ignore_index=True).astype({"feature": "category", "gene": "category"})
+        singles.append(single_samples(found, columns, names, subject.expression.genes))
+    tables, singles = pd.concat(tables, ignore_index=True), pd.concat(singles, ignore_index=True)
+    text = {"feature": "category", "gene": "category"}
+    return tables.astype(text), singles.astype(text)
+
+
+def places(subject: Subject) -> np.ndarray:
+    """Where the subject's genes are among those that attribution exchanges."""
+    place = {gene: i for i, gene in enumerate(subject.exchanged)}
+    return np.array([place[gene] for gene in subject.genes])
+
+
+def single_samples(
+    found: attribution.Attribution, columns: np.ndarray, names: Sequence[str], genes: np.ndarray
+) -> pd.DataFrame:
+    """The attributions of single pairs of cells: feature, prototype, counterfactual (positions of
+    cells), gene, attribution; those that are not 0, in the order of features and of pairs.
+
+    Of a feature they are of the genes with the largest single ones, `SAMPLED` at most: another gene
+    has none at all, though its mean may differ from 0.
+    """
+    samples = sparse.csr_array(found.samples[:, columns])
+    samples.eliminate_zeros()
+    parts = []
+    for i in range(len(names)):
+        rows = np.flatnonzero(found.pairs.concept == i)
+        own = samples[rows].tocoo()
+        largest = np.zeros(samples.shape[1])
+        np.maximum.at(largest, own.col, np.abs(own.data))
+        kept = np.isin(own.col, np.argsort(-largest, kind="stable")[:SAMPLED])
+        pair, gene, value = rows[own.row[kept]], own.col[kept], own.data[kept]
+        parts.append(
+            pd.DataFrame(
+                {
+                    "feature": names[i],
+                    "prototype": found.pairs.prototype[pair].astype(np.int32),
+                    "counterfactual": found.pairs.counterfactual[pair].astype(np.int32),
+                    "gene": genes[gene],
+                    "attribution": value.astype(np.float32),
+                }
+            )
+        )
+    return pd.concat(parts, ignore_index=True)
 
 
 def deleted(
     subject: Subject, dictionary: sae_jax.Dictionary, latents: np.ndarray, scores: np.ndarray,
-    fold: np.ndarray, log10_p: np.ndarray, seed: int, **samples: int,
+    fold: np.ndarray, log10_p: np.ndarray, seed: int, *, prototypes: int, counterfactuals: int,
+    beyond: int = 0,
 ) -> pd.DataFrame:  # fmt: skip
     """Figure 8: what is left of an activation as genes are exchanged, by attribution, by |log2 fold
-    change| (of genes with p <= 5e-3), at random."""
+    change| (of genes with p <= 5e-3), at random.
+
+    The cells are as many prototypes, after the first `beyond` of each concept: those are what the
+    attribution was computed on. A concept of no more active cells is not in the table then.
+    """
     pairs = attribution.find_pairs(
         subject.model, dictionary, subject.adata, latents, embedding=subject.x,
-        options=_options(subject), **samples,
+        options=_options(subject), prototypes=prototypes + beyond, counterfactuals=counterfactuals,
     )  # fmt: skip
-    place = {gene: i for i, gene in enumerate(subject.exchanged)}
-    columns = [place[gene] for gene in subject.genes]
+    if beyond:
+        pairs = deletion.held_out(pairs, beyond)
+        if not pairs.cells.size:
+            return pd.DataFrame(columns=["kind", "order", "concept", "n_genes", "activation"])
+    columns = places(subject)
 
     def over_all(values: np.ndarray) -> np.ndarray:
-        wide = np.full((len(values), len(place)), np.nan)
+        wide = np.full((len(values), len(subject.exchanged)), np.nan)
         wide[:, columns] = values
         return wide
 
@@ -282,7 +332,8 @@ def strengths(groups: dict[str, tuple[pd.DataFrame, str]], n_terms: dict[str, in
 
     The smallest of many p is small: `chance` is the share with one of p <= 5e-3 if every one of the
     terms were independent and nothing was there; `q` the share with a term of q <= .05 over the
-    terms of the feature. Features without any p, since no cells could be compared, are left out.
+    terms of the feature. Features without any p, since no cells could be compared, are left out and
+    counted, `untested`; `few_cells` of the others are active in fewer than `FEW` cells.
     """
     rows = {}
     for name, (table, method) in groups.items():
@@ -293,6 +344,8 @@ def strengths(groups: dict[str, tuple[pd.DataFrame, str]], n_terms: dict[str, in
         rows[name] |= {
             "terms": n_terms[method], "chance": 1 - (1 - concept_terms.WEAK) ** n_terms[method],
             "q": float((known[f"{method}:least_q"] <= 0.05).mean()),
+            "few_cells": int((known["n_active"] < FEW).sum()),
+            "untested": len(table) - len(known),
         }  # fmt: skip
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("kind")
 
@@ -310,115 +363,3 @@ def compared(
     found = {m: wide(tables[m], "p", names) <= concept_terms.WEAK for m in METHODS}
     table = concept_terms.compare(found, subject.sets.membership, fold, attribution)
     return table.assign(feature=list(names))
-
-
-def methods(
-    x: np.ndarray, dictionary: sae_jax.Dictionary, train: np.ndarray, seed: int, iterations: int
-) -> dict[str, Any]:
-    """What concepts are measured against: the same number by other means, and fewer of each."""
-    rows, d = x[train], x.shape[1]
-    c = dictionary.config.n_latents
-    few = max(2, min(d - 1, round(0.4 * d)))
-    found: dict[str, Any] = {f"TopK SAE ({c})": dictionary}
-    for n in (min(c, len(rows)), few):
-        logging.info("semi-NMF of %d components", n)
-        found[f"semi-NMF ({n})"] = semi_nmf.fit(rows, n, iterations=iterations, seed=seed)
-    for each in baselines.fit_all(rows, seed=seed):
-        found[f"{each.name} ({each.n_components})"] = each
-    found[f"k-means ({min(c, len(rows) // 10)})"] = baselines.clusters(
-        rows, min(c, len(rows) // 10), seed
-    )
-    z = dictionary.encode(rows, sparse=True)
-    density = z.getnnz(axis=0) / z.shape[0]
-    found[f"random directions ({int((density > 0).sum())})"] = baselines.random_directions(
-        rows, density[density > 0], seed
-    )
-    return found
-
-
-def reconstructions(coders: dict[str, Any], x: np.ndarray) -> pd.DataFrame:
-    """R², L0 and so on of each method on rows x that none was fitted to."""
-    found = {name: baselines.reconstruction(coder, x) for name, coder in coders.items()}
-    return pd.DataFrame.from_dict(found, orient="index")
-
-
-def phases(subject: Subject, seed: int) -> dict[str, pd.Series]:
-    """Cell-cycle phases as labels; none where too few of their genes are measured to score them, or
-    fewer than two phases have twenty cells."""
-    adata = anndata.AnnData(subject.expression.x, obs=pd.DataFrame(index=subject.adata.obs_names))
-    adata.var_names = subject.expression.genes.astype(str)
-    try:
-        found, genes = probes.cell_cycle(adata, seed=seed)
-    except InputError as error:
-        logging.warning("no cell cycle: %s", error)
-        return {}
-    known = {phase: len(some) for phase, some in genes.items()}
-    logging.info("genes of the cell cycle that are measured: %s", known)
-    if min(known.values()) < 5 or (found["phase"].value_counts() >= 20).sum() < 2:
-        return {}
-    return {CYCLE: found["phase"].astype("category")}
-
-
-def useful(
-    subject: Subject,
-    coders: dict[str, Any],
-    labels: pd.Series,
-    *,
-    per_class: tuple[int, int],
-    seed: int,
-    max_iter: int = 50,
-) -> tuple[pd.DataFrame, dict[str, probes.Probe], probes.Split]:
-    """Logistic regression of labels on everything, balanced classes, tested on other cells.
-
-    As in the paper the cells tested may be among those that the dictionary was trained on, without
-    their labels; so may those of every other method.
-    """
-    split = probes.split(labels, *per_class, seed=seed)
-    learned, tested = split.train, split.test
-    names = labels.astype(object).to_numpy()
-    table, found = baselines.compare(
-        coders, subject.x[learned], subject.x[tested], names[learned], names[tested],
-        subject.expression.x[learned], subject.expression.x[tested], max_iter=max_iter,
-    )  # fmt: skip
-    return table, found, split
-
-
-def speaking(probe: probes.Probe, found: Any, genes: Sequence[str]) -> pd.DataFrame:
-    """The concepts of the largest coefficients of each class, with the genes attributed to them."""
-    table = probes.top_features(probe)
-    place = {latent: i for i, latent in enumerate(found.latents)}
-    tops = [found.attribution[place[f]] if f in place else None for f in table["feature"]]
-    table["top_genes"] = [
-        "" if row is None else ", ".join(str(genes[g]) for g in np.argsort(-row)[:10] if row[g] > 0)
-        for row in tops
-    ]
-    return table.assign(feature=[f"concept_{f}" for f in table["feature"]])
-
-
-def causal_tests(
-    subject: Subject, dictionary: sae_jax.Dictionary, concepts: np.ndarray, seed: int
-) -> dict[str, Callable[[], pd.DataFrame]]:
-    """Stages, to be made: `fidelity` of the reconstruction and `causal`, each concept ablated."""
-    rng = np.random.default_rng(seed)
-    some = np.sort(rng.permutation(subject.adata.n_obs)[:CAUSAL_CELLS])
-    site = causal.Site(
-        subject.model, subject.adata[some].copy(), subject.layer, outputs=_outputs(subject.model),
-        options=subject.options,
-    )  # fmt: skip
-
-    def ablated() -> pd.DataFrame:
-        table = causal.effects(site, dictionary, concepts, set=0.0, draws=DRAWS, seed=seed)
-        # Where it is edited a random direction moves as far by construction: no test.
-        here = table["place"] == f"layer {subject.layer}"
-        table.loc[here, ["random_norm", "random_sd", "ratio", "p"]] = np.nan
-        return table
-
-    return {
-        "fidelity": lambda: causal.fidelity(site, dictionary).rename_axis("place").reset_index(),
-        "causal": ablated,
-    }
-
-
-def _outputs(model: Any) -> list[str]:
-    """Those that have one row a cell."""
-    return [name for name, of in model.outputs.items() if of == "cell"]

@@ -7,6 +7,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from analysis import plots, report
+from experiments import replicates
 from experiments.inputs import Inputs
 
 REAL, PERMUTED = "the dictionary's", "cells permuted"  # rows of nulls.csv
@@ -73,6 +74,8 @@ def summary(inputs: Inputs, table: pd.DataFrame, rates: pd.DataFrame) -> list[st
             kinds = table[f"kind_{rule}"].value_counts()
             numbers = f"{kinds.get('local', 0)} local, {kinds.get('global', 0)} global"
             lines.append(f"{numbers} (eq. 8, the {rule}'s rule)")
+    if replicates.SCORES[0] in table:
+        lines.append(replicates.told(table))
     if "technical" in table:
         lines.append(f"{int(table['technical'].sum())} flagged as technical")
     return [report.items(lines)]
@@ -88,13 +91,19 @@ def label_table(table: pd.DataFrame) -> pd.DataFrame:
     """The feature that tells each label best, with its name."""
     best = table.sort_values("best_label_auroc", ascending=False).reset_index()
     best = best.drop_duplicates("best_label")
-    columns = ["best_label", "feature", "best_label_auroc", "density", "best_term", "top_genes"]
+    columns = ["best_label", "feature", *replicates.of(table), "best_label_auroc", "density",
+               "best_term", "top_genes"]  # fmt: skip
     return best[columns].sort_values("best_label").astype({"best_label": str})
 
 
 def feature_section(row: pd.Series, terms: pd.DataFrame, genes: pd.DataFrame) -> list[str]:
     """Activity, terms and genes of one feature."""
     about = [f"active in {row['density']:.2%} of the cells ({int(row['n_active'])})"]
+    if replicates.SCORES[0] in row:
+        about.append(
+            f"comes back in {row['replicated_by_direction']:.0%} of the other dictionaries by "
+            f"direction, in {row['replicated_by_activation']:.0%} by activation"
+        )
     if "best_label" in row:
         about.append(f"tells {row['best_label']} best, AUROC {row['best_label_auroc']:.3f}")
         about.append(f"{row['kind_text']} (eq. 8)")

@@ -23,7 +23,10 @@ from sae_jax.streaming import Rows
 FLAGS = flags.FLAGS
 
 OPEN_WRITERS = 128  # of TensorBoard: each is a file, of which a process may have some 1000
-KEPT = ("configs.json", "results.parquet", "history.parquet", "dictionaries", "checkpoints")
+KEPT = (
+    "manifest.json", "configs.json", "results.parquet", "history.parquet", "dictionaries",
+    "checkpoints",
+)  # fmt: skip
 
 
 def define_flags() -> None:

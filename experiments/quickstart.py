@@ -55,7 +55,7 @@ SEEDS = 2**31 - 2
 NULL_FEATURES = 500  # features, drawn at random, that the nulls are run on
 SETTINGS = "quickstart.json"  # written first: it tells a folder of ours from anybody's
 OUTPUTS = (
-    "configs.json", "results.parquet", "history.parquet", "dictionaries", "choice.json",
+    "manifest.json", "configs.json", "results.parquet", "history.parquet", "dictionaries", "choice.json",
     "features.h5ad", "enrichment.parquet", "labels.csv", "figures", "report.html",
 )  # fmt: skip
 

@@ -47,6 +47,7 @@ FILES = {
     "results.parquet": "one row a configuration: settings and metrics",
     "history.parquet": "one row per configuration and epoch: losses",
     "dictionaries": "one folder a configuration: cfg.json, sae_weights.safetensors",
+    "manifest.json": "size and SHA-256 of every file of the training",
     "figures": "frontier: PNG and PDF",
 }
 SHOWN = 8  # rows of the printed table

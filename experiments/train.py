@@ -28,6 +28,7 @@ FILES = {
     "results.parquet": "one row: settings and metrics",
     "history.parquet": "one row an epoch: losses",
     "dictionaries": "0000/: cfg.json, sae_weights.safetensors",
+    "manifest.json": "size and SHA-256 of every file of the training",
     "figures": "training: PNG and PDF",
 }
 

@@ -174,9 +174,13 @@ def train(
     with contextlib.nullcontext() if workdir is None else locked(Path(workdir)):
         out = None if workdir is None else Workdir(Path(workdir), settings)
         members = {} if out is None else out.finished()
+        if out is not None and len(members) < len(configs):
+            out.begin()
         failed = _train_programs(
             configs, rows, held_out, about, members, out, progress, checkpoint_seconds, on_epochs
         )
+        if out is not None and not failed:
+            out.finish()
     results, history = tables(members | failed)
     return Run([(members | failed)[i].dictionary for i in range(len(configs))], results, history)
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sae_jax import files
+from sae_jax import files, manifest
 from sae_jax.dictionary import Dictionary
 from sae_jax.errors import InputError
 from sae_jax.state import History
@@ -125,6 +125,17 @@ class Workdir:
         results, history = tables(members)
         files.write_parquet(self.path / "history.parquet", history)
         files.write_parquet(self.path / "results.parquet", results)
+
+    def begin(self) -> None:
+        """Say that the folder is being filled: it has no manifest until `finish`."""
+        files.remove(self.path / manifest.NAME)
+
+    def finish(self) -> None:
+        """Note every file in the manifest, unless it is there since an earlier call."""
+        if not (self.path / manifest.NAME).exists():
+            ours = {"configs.json", "results.parquet", "history.parquet", "dictionaries"}
+            others = {path.name for path in self.path.iterdir()} - ours
+            manifest.write(self.path, without=tuple(others))
 
     def folder(self, position: int) -> Path:
         """Where a member's dictionary lies."""

@@ -1,7 +1,6 @@
 """Replication: what is there in every seed is found in every seed, and nothing in noise."""
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -9,44 +8,8 @@ import pytest
 from scipy import sparse, stats
 
 from analysis import baselines, nulls, stability
-from sae_jax.config import SAEConfig
-from sae_jax.dictionary import Dictionary
 from sae_jax.errors import InputError
-from sae_jax.state import Normalizer, Params
-
-D, N = 12, 20
-X = np.random.default_rng(9).normal(size=(30, D)).astype(np.float32)
-
-
-def directions(seed: int, n: int = N, d: int = D) -> np.ndarray:
-    return np.random.default_rng(seed).normal(size=(n, d))
-
-
-def dictionary(decoder: np.ndarray, seed: int = 0, **choices: Any) -> Dictionary:
-    """With the decoder given and everything else at random, in float32."""
-    rng = np.random.default_rng(seed)
-    n, d = decoder.shape
-    config = SAEConfig(d_in=d, n_latents=n, **choices)
-    thresholds = {"jump_relu": n, "batch_topk": 1}.get(config.activation)
-    gated = config.activation == "gated"
-    arrays = {
-        "encoder": decoder.T + 0.1 * rng.normal(size=(d, n)),
-        "encoder_bias": rng.normal(size=n) - 0.3,
-        "decoder": decoder,
-        "decoder_bias": rng.normal(size=d) if config.decoder_bias == "free" else None,
-        "pre_bias": rng.normal(size=d) if config.pre_bias == "free" else None,
-        "log_threshold": rng.normal(size=thresholds) if thresholds else None,
-        "magnitude_gain": 0.3 * rng.normal(size=n) if gated else None,
-        "magnitude_bias": rng.normal(size=n) if gated else None,
-    }
-    params = Params(**{k: None if v is None else v.astype(np.float32) for k, v in arrays.items()})
-    normalizer = None
-    if config.input_normalization != "none":
-        normalizer = Normalizer(
-            mean=rng.normal(size=d).astype(np.float32),
-            scale=rng.uniform(0.5, 2, d).astype(np.float32),
-        )
-    return Dictionary(config, params, normalizer)
+from tests.analysis.stability_cases import N, X, alike, core_of, dictionary, directions
 
 
 @pytest.mark.parametrize("one_to_one", [True, False])
@@ -85,22 +48,7 @@ def test_features_of_one_embedding_are_alike_whatever_they_are() -> None:
 
 @pytest.fixture(scope="module")
 def seeds() -> list[np.ndarray]:
-    """Three decoders that share 10 directions, in another order and with other norms, and noise."""
-    rng = np.random.default_rng(3)
-    core, found = directions(99, 10), []
-    for seed in range(3):
-        whole = np.concatenate([core + 0.05 * rng.normal(size=core.shape), directions(seed, 10)])
-        found.append(whole[rng.permutation(N)] * rng.uniform(0.5, 2, (N, 1)))
-    return found
-
-
-def core_of(decoder: np.ndarray) -> np.ndarray:
-    """For each feature the core direction that it is, or -1."""
-    core = directions(99, 10)
-    cosine = (decoder / np.linalg.norm(decoder, axis=1, keepdims=True)) @ (
-        core / np.linalg.norm(core, axis=1, keepdims=True)
-    ).T
-    return np.where(cosine.max(axis=1) > 0.95, cosine.argmax(axis=1), -1)
+    return alike()
 
 
 def test_what_is_in_every_seed_is_replicated_in_every_seed(seeds: list[np.ndarray]) -> None:
@@ -199,84 +147,6 @@ def test_cosines_are_taken_where_training_was() -> None:
         np.testing.assert_array_equal(
             stability.common_directions(some), [stability.directions(each) for each in (one, other)]
         )
-
-
-CHOICES = {
-    "relu": {"input_normalization": "zscore", "pre_bias": "tied"},
-    "jump_relu": {"pre_bias": "free"},
-    "batch_topk": {"k": 4, "pre_bias": "tied", "auxiliary": "auxk", "k_aux": 15},
-    "gated": {"pre_bias": "tied", "sparsity_control": "target_l0", "target_l0": 19, "l1_weight": 1},
-    "topk": {"k": 5, "decoder_bias": "none"},
-}
-
-
-@pytest.mark.parametrize("activation", CHOICES)
-def test_a_consensus_has_what_all_seeds_have(seeds: list[np.ndarray], activation: str) -> None:
-    choices = CHOICES[activation] | {"activation": activation}
-    made = [
-        dataclasses.replace(dictionary(decoder, seed=i, **choices), normalizer=normalizer)
-        for i, decoder in enumerate(seeds)
-        for normalizer in [dictionary(seeds[0], **choices).normalizer]
-    ]
-    agreed = stability.consensus(made, stability.replication(made), share=1)
-    own = agreed.members.groupby("consensus")
-    assert len(agreed.directions) == 10
-    assert (own.size() == 3).all()
-    assert (own["dictionary"].nunique() == 3).all()
-    for _, group in own:
-        cores = {core_of(seeds[m.dictionary])[m.feature] for m in group.itertuples()}
-        assert len(cores - {-1}) == 1
-        units = [stability.directions(made[m.dictionary])[m.feature] for m in group.itertuples()]
-        mean = sum(u / np.linalg.norm(u) for u in units)
-        wanted = mean / np.linalg.norm(mean)
-        np.testing.assert_allclose(agreed.directions[group["consensus"].iloc[0]], wanted, atol=1e-6)
-    # Its codes are those of the home, in units of a direction of norm 1.
-    x = X
-    z = agreed.encode(x)
-    for number, row in (
-        agreed.members.drop_duplicates("consensus").set_index("consensus").iterrows()
-    ):
-        home, feature = made[int(row["dictionary"])], int(row["feature"])
-        norm = np.linalg.norm(stability.directions(home)[feature])
-        np.testing.assert_allclose(z[:, number], home.encode(x)[:, feature] * norm, rtol=1e-5)
-    assert (agreed.encode(x, sparse=True) != sparse.csr_matrix(z)).nnz == 0
-    zero = [each.decode(np.zeros((1, N), np.float32)) for each in made]
-    np.testing.assert_allclose(
-        agreed.decode(z), z @ agreed.directions + np.mean(zero, axis=0), atol=1e-5
-    )
-    if activation == "topk":
-        with pytest.raises(InputError, match="depends on the latents left out"):
-            agreed.dictionary()
-        return
-    saved = agreed.dictionary()
-    np.testing.assert_allclose(saved.encode(x), z, rtol=1e-3, atol=2e-5)
-    np.testing.assert_allclose(saved.decode(z.astype(np.float32)), agreed.decode(z), atol=1e-4)
-
-
-def test_a_consensus_of_one_dictionary_with_itself_is_that_dictionary(
-    seeds: list[np.ndarray], tmp_path: Any
-) -> None:
-    made = dictionary(seeds[0])
-    agreed = stability.consensus([made] * 3, stability.replication([made] * 3))
-    x = X
-    np.testing.assert_allclose(
-        agreed.decode(agreed.encode(x)), made.decode(made.encode(x)), atol=1e-4
-    )
-    agreed.dictionary().save(tmp_path / "consensus")
-    again = Dictionary.load(tmp_path / "consensus")
-    np.testing.assert_array_equal(again.encode(x), agreed.dictionary().encode(x))
-
-
-def test_what_a_consensus_refuses(seeds: list[np.ndarray]) -> None:
-    made = [dictionary(decoder) for decoder in seeds]
-    found = stability.replication(made)
-    with pytest.raises(InputError, match="share=0"):
-        stability.consensus(made, found, share=0)
-    with pytest.raises(InputError, match=r"dictionaries of \[20, 20, 20\] features"):
-        stability.consensus(made[:2], found)
-    noise = [dictionary(directions(seed, 4)) for seed in range(3)]
-    with pytest.raises(InputError, match="no feature is replicated in 100%"):
-        stability.consensus(noise, stability.replication(noise, quantile=0.999), share=1)
 
 
 def test_shared_top_genes_by_hand() -> None:

@@ -54,7 +54,7 @@ METRICS = [
     "mse", "r2", "fvu", "r2_scalar_mean", "cosine", "norm_ratio", "l0", "l1", "live", "dead",
     "alive_1pct",
 ]  # fmt: skip
-FILES = {"configs.json", "history.parquet", "results.parquet", "dictionaries"}
+FILES = {"configs.json", "history.parquet", "results.parquet", "dictionaries", "manifest.json"}
 
 
 def train(workdir: Path | None = None, **changes: Any) -> Run:
@@ -510,11 +510,11 @@ def test_many_programs_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Linux grants a process 65,530 maps; past them the compiler dies of a segmentation fault."""
     monkeypatch.setattr(bucket, "KEPT_PROGRAMS", 2)
     counts = []
-    for n_latents in range(10, 18):
+    for n_latents in range(10, 16):
         config = SAEConfig(d_in=4, n_latents=n_latents, batch_size=16)
         sae_jax.train([config], ROWS, epochs=1, progress=False)
         counts.append(len(Path("/proc/self/maps").read_text().splitlines()))
-    assert max(counts[4:]) < max(counts[:4]) + 300
+    assert max(counts[3:]) < max(counts[:3]) + 300
 
 
 @pytest.mark.parametrize("provenance", [{"coverage": float("nan")}, {"layer": np.int64(7)}])

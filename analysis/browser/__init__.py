@@ -1,0 +1,1 @@
+"""The concept browser: a run folder as pages that one explores, studies, exports."""

@@ -1,0 +1,372 @@
+/* The page of one feature. Panels ask for their documents when they come into sight. */
+"use strict";
+
+(function () {
+  const SAE = window.SAE;
+  const { element, state, number } = SAE;
+  const { columns } = SAE;
+  const subject = SAE.subject();
+  const feature = Number(subject.split("/")[1]);
+  const panel = (id) => document.querySelector(`#${id}`);
+  const document_ = (part) => () => SAE.load(`${subject}/${part}`);
+  let name = document.querySelector("#head h1").textContent;
+
+  /** Calls back once, when a panel comes near the screen. */
+  const seen = new Map();
+  const observer = new IntersectionObserver(
+    (entries) => {
+      for (const entry of entries) {
+        if (!entry.isIntersecting) continue;
+        observer.unobserve(entry.target);
+        seen.get(entry.target)();
+      }
+    },
+    { rootMargin: "300px" },
+  );
+  function lazily(id, make, render) {
+    seen.set(panel(id), () => SAE.fill(panel(id), make, render));
+    observer.observe(panel(id));
+  }
+
+  /** A labelled select whose choice is part of the address. */
+  function choice(label, stateName, pairs, act) {
+    const now = state.get(stateName, String(pairs[0][0]));
+    const select = element("select", {}, pairs.map(([value, text]) => element("option", { value, selected: String(value) === now }, text)));
+    select.addEventListener("change", () => {
+      state.set({ [stateName]: select.value === String(pairs[0][0]) ? null : select.value });
+      act(select.value);
+    });
+    return element("label", {}, [label, select]);
+  }
+
+  /* The head: what it is in one line, and the way to other features --------------------------- */
+
+  const KEPT = ["map", "colour", "names"]; // of the address, from one feature to the next
+  function address(other) {
+    const kept = KEPT.filter((each) => state.get(each) !== null).map((each) => [each, state.get(each)]);
+    return SAE.link.feature(other.feature, other.name) + (kept.length ? `#${new URLSearchParams(kept)}` : "");
+  }
+
+  SAE.fill(panel("head"), () => Promise.all([SAE.load(`${subject}/page`), SAE.load("about")]), ([page, about], content) => {
+    name = page.name;
+    document.title = `${name} · ${about.title}`;
+    panel("head").querySelector("h1").replaceChildren(name, " ", element("span", { class: "chip" }, page.kind));
+    const { summary } = page;
+    const known = (key) => summary[key] !== null && summary[key] !== undefined && summary[key] !== "";
+    const parts = [
+      known("label") ? ["Best label: ", element("strong", {}, summary.label), known("auroc") ? ` (AUROC ${number(summary.auroc)})` : "", ". "] : [],
+      known("term") ? ["Best term: ", element("strong", {}, summary.term), known("term_q") ? ` (q ${SAE.small(summary.term_q)})` : "", ". "] : ["No term names it. "],
+      known("top_genes") ? ["Top genes: ", element("strong", {}, String(summary.top_genes).split(/,\s*/).slice(0, 8).join(", ")), "."] : [],
+    ];
+    const named = new Set(["label", "auroc", "term", "term_q", "top_genes", "name", "kind"]);
+    const shown = about.table_columns.filter((each) => known(each.name) && !named.has(each.name));
+    const first = ["n_active", "density", "scope", "replication", "replicated", "technical"];
+    const fact = (column) => {
+      const value = summary[column.name];
+      const told = typeof value === "boolean" || column.kind === "flag" ? (value ? "yes" : "no")
+        : column.name.endsWith("_q") || column.name.endsWith("_p") ? SAE.small(value) : number(value);
+      return element("div", { title: column.description }, [element("dt", {}, column.title), element("dd", {}, told)]);
+    };
+    const main = shown.filter((each) => first.includes(each.name));
+    const rest = shown.filter((each) => !first.includes(each.name));
+    content.append(
+      element("p", { class: "lead" }, parts.flat()),
+      element("dl", { class: "facts" }, main.map(fact)),
+      rest.length ? element("details", {}, [element("summary", {}, "More numbers"), element("dl", { class: "facts" }, rest.map(fact))]) : "",
+    );
+    steps(page);
+  });
+
+  async function steps(page) {
+    const { names } = await SAE.load("features");
+    const there = (i) => (i === null ? null : { feature: i, name: names[i] });
+    const [previous, next] = [there(page.previous), there(page.next)];
+    const step = (other, text, key) => other
+      ? element("a", { href: address(other), title: `${other.name} (key ${key})`, rel: key === "n" ? "next" : "prev" }, text)
+      : null;
+    panel("head").querySelector(".steps").replaceChildren(...[
+      step(previous, "← Previous", "p"),
+      step(next, "Next →", "n"),
+      element("button", { type: "button", title: "a random annotated feature (key r)", onclick: random }, "Random"),
+    ].filter(Boolean));
+    const go = (other) => () => other && location.assign(address(other));
+    SAE.keys({ n: [go(next), "next feature"], p: [go(previous), "previous feature"] });
+  }
+  SAE.keys({ r: [random, "random annotated feature"] });
+
+  /** Another feature that a term or a label names. */
+  async function random() {
+    const [all, about] = await Promise.all([SAE.load("features"), SAE.load("about")]);
+    const titles = about.table_columns.map((each) => each.name);
+    const key = ["term", "label"].find((each) => titles.includes(each) && (SAE.values(all, each) || []).some(Boolean));
+    const values = key ? SAE.values(all, key) : all.names;
+    const annotated = [...all.names.keys()].filter((i) => i !== feature && values[i]);
+    const next = annotated[Math.floor(Math.random() * annotated.length)];
+    if (next !== undefined) location.assign(address({ feature: next, name: all.names[next] }));
+  }
+
+  /* Cells ----------------------------------------------------------------------------------- */
+
+  lazily("cells", () => ({}), (_, content) => SAE.cells(content, feature, name).catch((error) => {
+    content.append(element("p", { class: "failed", role: "alert" }, error.message));
+  }));
+
+  /** What the page says of its cells, or why it has none. */
+  const ofCells = async () => {
+    const page = await SAE.load(`${subject}/page`);
+    return page.missing?.cells ? { absent: page.missing.cells } : page;
+  };
+
+  lazily("labels", ofCells, (page, content) => {
+    if (!page.labels.length) {
+      content.append(SAE.absent("The cells have no labels: columns of text in `obs` of features.h5ad are shown here."));
+      return;
+    }
+    page.labels.forEach((group, i) => {
+      const place = element("div");
+      const few = group.enough ? "" : ` – only ${number(group.n_active)} active cells: shares of fewer than 100 are unsure`;
+      content.append(element("details", { open: i < 2 }, [
+        element("summary", {}, [element("strong", {}, group.column), element("span", { class: "note" }, few)]), place,
+      ]));
+      SAE.table(place, [
+        { name: "value", title: "Label", render: (value, row) => element("a", { href: SAE.link.label(group.column_index, row.value_index) }, value) },
+        columns.share("share", "Of the active cells", "of the cells in which the feature is active, the share with this label"),
+        columns.share("of_label", "Of the label's cells", "of the cells with this label, the share in which the feature is active"),
+        columns.number("n_active", "Active", "cells with this label in which the feature is active"),
+        columns.number("n_cells", "Cells", "cells with this label"),
+      ], group.rows, {
+        sort: "share", descending: true, page: 8, file: `${name}_${group.column}`, caption: `${group.column}: shares`,
+        mark: (row) => row.marked, empty: "No cell is active.",
+      });
+    });
+  });
+
+  lazily("histogram", ofCells, ({ histogram }, content) => {
+    const { edges, counts, n_silent: silent } = histogram;
+    content.append(element("p", { class: "note" }, `${number(silent)} cells in which it is silent are left out.`));
+    return SAE.plots.histogram(content, edges, counts, {
+      label: `Histogram of ${name}'s activation`, name: `${name}_histogram`, x: "activation", y: "cells",
+    }).catch((error) => content.append(element("p", { class: "failed" }, error.message)));
+  });
+
+  lazily("bands", ofCells, ({ bands }, content) => {
+    const place = element("div");
+    const titles = bands.map((band, i) => [i, band.n > band.rows.length ? `${band.title}: ${number(band.rows.length)} of ${number(band.n)}` : `${band.title} (${number(band.rows.length)})`]);
+    const show = (i) => {
+      const band = bands[i] || bands[0];
+      const keys = [...new Set(band.rows.flatMap((row) => Object.keys(row.metadata)))];
+      SAE.table(place, [
+        columns.cell,
+        columns.number("activation", "Activation"),
+        ...keys.map((key) => ({
+          name: `metadata:${key}`, title: key, kind: band.rows.some((row) => typeof row.metadata[key] === "number") ? "number" : "text",
+          value: (row) => row.metadata[key],
+        })),
+      ], band.rows, { sort: "activation", descending: true, page: 10, file: `${name}_cells`, caption: band.title });
+    };
+    if (!bands.length) return content.append(element("p", { class: "absent" }, "It is active in no cell."));
+    content.append(element("div", { class: "tools" }, choice("Cells", "band", titles, (i) => show(Number(i)))), place);
+    show(Number(state.get("band", "0")));
+  });
+
+  /* Genes ----------------------------------------------------------------------------------- */
+
+  lazily("genes", document_("attribution"), (found, content) => {
+    const { names, descriptions, genes, values, samples } = found;
+    const pairs = samples ? samples.of.map(([p, c], i) => [
+      i, `${samples.prototypes[p].name} against ${samples.counterfactuals[c].name}`,
+    ]) : [];
+    const plot = element("div");
+    const list = element("div");
+    const show = () => {
+      const sample = state.get("sample", "average");
+      const which = samples && samples.of[Number(sample)] ? Number(sample) : null;
+      const value = (i) => (which === null ? values[i] : samples.values[which * genes.length + i]);
+      const rows = Array.from(genes, (gene, i) => ({ gene, name: names[i], description: descriptions[i], value: value(i) }))
+        .filter((row) => row.value !== 0 && !Number.isNaN(row.value))
+        .sort((a, b) => b.value - a.value);
+      const lowest = state.get("end") === "low";
+      const bars = lowest ? rows.slice(-20).reverse() : rows.slice(0, 20);
+      plot.replaceChildren();
+      SAE.plots.bars(plot, bars.map((row) => ({ ...row, told: [row.description] })), {
+        label: `Attribution of ${name}: ${bars.slice(0, 5).map((row) => row.name).join(", ")}, listed below`,
+        name: `${name}_attribution`, x: `attribution${which === null ? ", average" : ""}`,
+        onpick: (row) => location.assign(SAE.link.gene(row.gene, row.name)),
+        csv: () => [["gene", "attribution", "description"], rows.map((row) => [row.name, row.value, row.description])],
+      }).catch((error) => plot.append(element("p", { class: "failed" }, error.message)));
+      SAE.table(list, [
+        columns.gene, columns.number("value", "Attribution"), { name: "description", title: "Description" }, columns.abroad,
+      ], rows, { sort: "value", descending: true, page: 10, caption: "Genes by attribution", empty: "No gene contributes." });
+    };
+    content.append(
+      element("div", { class: "tools" }, [
+        samples ? choice("Of", "sample", [["average", `the average of ${number(pairs.length)} samples`], ...pairs], show)
+          : element("span", { class: "note" }, "The average; single samples were not kept."),
+        choice("Genes", "end", [["high", "raise it most"], ["low", "lower it most"]], show),
+      ]),
+      plot,
+      element("details", { open: state.get("list") !== null, ontoggle: (event) => state.set({ list: event.target.open ? "1" : null }) }, [
+        element("summary", {}, `What the genes are: ${number(genes.length)} of ${number(found.n_genes)}, with links`), list,
+      ]),
+    );
+    show();
+  });
+
+  lazily("dge", async () => {
+    const found = await SAE.load(`${subject}/dge`);
+    if (found.absent || found.names) return found;
+    const { genes } = await SAE.load("names");
+    return { ...found, names: Array.from(found.genes, (gene) => genes[gene]) };
+  }, (found, content) => {
+    const { genes, names, log2_fold_change: change, log10_p: p } = found;
+    const limit = -Math.log10(0.05 / Math.max(1, found.n_genes)); // Bonferroni over all genes that were tested
+    const rows = Array.from(genes, (gene, i) => ({ gene, name: names[i], change: change[i], log10_p: p[i] }));
+    const drawn = rows.filter((row) => Number.isFinite(row.change) && Number.isFinite(row.log10_p));
+    const side = (row) => (row.log10_p < limit ? 2 : row.change > 0 ? 0 : 1);
+    content.append(element("p", { class: "note" }, [
+      found.told ? `${found.told} ` : "", found.complete ? "" : `Only the ${number(rows.length)} genes with the largest |t| of ${number(found.n_genes)} were kept. `,
+    ]));
+    const volcano = element("div");
+    const list = element("div");
+    content.append(element("div", { class: "split" }, [volcano, list]));
+    if (drawn.length) {
+      const x = SAE.points.quantise(drawn.map((row) => row.change));
+      const y = SAE.points.quantise(drawn.map((row) => row.log10_p));
+      // The names of the genes that stand out, as many of those that rise as of those that fall.
+      const outstanding = (which) => [...drawn.keys()].filter((i) => side(drawn[i]) === which)
+        .sort((a, b) => drawn[b].log10_p * Math.abs(drawn[b].change) - drawn[a].log10_p * Math.abs(drawn[a].change)).slice(0, 10);
+      SAE.points(volcano, {
+        x: x.codes, y: y.codes, x_range: x.range, y_range: y.range, label: `Volcano plot of ${name}`, name: `${name}_volcano`,
+        height: 380, axes: { x: "log2 fold change", y: "−log10 p" },
+        labels: [...outstanding(0), ...outstanding(1)].map((row) => ({ row, text: drawn[row].name })),
+        colour: {
+          kind: "category", title: "p < 0.05 after Bonferroni:", codes: drawn.map(side), missing: null,
+          categories: ["higher when active", "lower when active", "not significant"], colours: ["#d55e00", "#0072b2", "#8a979d"],
+        },
+        describe: () => `${number(drawn.length)} genes; the table lists them.`,
+        tooltip: (row) => [drawn[row].name, ["log2 fold change", drawn[row].change], ["p", SAE.smallOf(drawn[row].log10_p)]],
+        csv: () => [["gene", "log2_fold_change", "-log10_p"], rows.map((row) => [row.name, row.change, row.log10_p])],
+        on: { pick: (row) => location.assign(SAE.link.gene(drawn[row].gene, drawn[row].name)) },
+      });
+    }
+    SAE.table(list, [
+      columns.gene, columns.number("change", "log2 fold change"), columns.log10("log10_p", "p"), columns.abroad,
+    ], rows, {
+      sort: state.get("dge", "change"), descending: state.get("dge_up") === null, page: 12, caption: "Differential expression",
+      file: `${name}_dge`, onsort: (sort, descending) => state.set({ dge: sort, dge_up: descending ? null : "1" }),
+    });
+  });
+
+  /* Terms ----------------------------------------------------------------------------------- */
+
+  lazily("terms", document_("terms"), (found, content) => {
+    if (found.tests) content.append(element("p", { class: "note" }, found.tests));
+    const place = element("div");
+    content.append(place);
+    SAE.table(place, [
+      columns.term,
+      columns.log10("log10_q", "q", "calibrated false discovery rate"),
+      columns.log10("log10_p", "p"),
+      columns.number("auc", "AUC", "how well the term's genes rank above the others"),
+      columns.number("change", "Change", "mean change of the term's genes"),
+      { name: "direction", title: "Direction" },
+      columns.number("hits", "Hits", "of the term's genes, those among the relevant ones"),
+      columns.number("size", "Genes"),
+      { name: "genes", title: "Relevant genes", value: (row) => (row.genes || []).join(", ") },
+    ], found.rows, {
+      sort: state.get("term_sort", "log10_q"), descending: state.get("term_up") === null, page: 10, file: `${name}_terms`,
+      caption: "Terms", mark: (row) => row.named, empty: "No term was tested here.",
+      onsort: (sort, descending) => state.set({ term_sort: sort, term_up: descending ? null : "1" }),
+    });
+  });
+
+  lazily("gsea", async () => {
+    const made = await Promise.all(["attribution", "dge"].map((by) => SAE.load(`${subject}/gsea/${by}`)));
+    return made.every((each) => each.absent) ? made[0] : { attribution: made[0], dge: made[1] };
+  }, (found, content) => {
+    const place = element("div");
+    const show = () => {
+      place.replaceChildren();
+      const by = state.get("gsea", found.attribution.absent ? "dge" : "attribution");
+      const now = found[by] || found.attribution;
+      if (now.absent) return place.append(SAE.absent(now.absent));
+      const curve = element("div", { class: "curve" });
+      const list = element("div");
+      place.append(element("div", { class: "split" }, [list, curve]));
+      const drawn = Object.keys(now.curves);
+      const draw = (term) => {
+        const row = now.rows.find((each) => String(each.term) === String(term));
+        const { hits, at, sum } = now.curves[term];
+        const drawing = element("div");
+        curve.replaceChildren(
+          element("h3", {}, row.name),
+          element("p", { class: "note" }, `ES ${number(row.es)}, NES ${number(row.nes)}, q ${SAE.small(row.q)}`),
+          drawing,
+        );
+        SAE.plots.curves(drawing, [{ name: row.name, x: at, y: sum }], {
+          label: `Running sum of ${row.name}`, name: `${name}_gsea_${row.term}`, height: 280, x: "rank of the gene", y: "running sum",
+          ticks: hits, floor: Math.min(0, ...sum) - 0.06,
+        }).catch((error) => drawing.append(element("p", { class: "failed" }, error.message)));
+        if (row.lead?.length) curve.append(element("p", { class: "note" }, `Leading edge: ${row.lead.slice(0, 30).join(", ")}${row.lead.length > 30 ? " …" : ""}`));
+      };
+      SAE.table(list, [
+        columns.term, columns.number("nes", "NES", "normalised enrichment score"), columns.number("es", "ES"),
+        columns.small("p", "p"), columns.small("q", "q"), columns.number("size", "Genes"),
+        {
+          name: "curve", title: "Curve", value: (row) => (String(row.term) in now.curves ? "curve" : ""),
+          render: (value, row) => (value ? element("button", {
+            type: "button", onclick: () => {
+              state.set({ curve: row.term });
+              draw(row.term);
+            },
+          }, "show") : ""),
+        },
+      ], now.rows, {
+        sort: state.get("gsea_sort", "q"), descending: state.get("gsea_down") !== null, page: 10, file: `${name}_gsea_${by}`,
+        caption: `GSEA by ${by}`, onsort: (sort, descending) => state.set({ gsea_sort: sort, gsea_down: descending ? "1" : null }),
+      });
+      const asked = state.get("curve");
+      const best = now.rows.find((row) => String(row.term) in now.curves);
+      if (now.missing?.curves) curve.append(SAE.absent(now.missing.curves));
+      if (drawn.includes(asked)) draw(asked);
+      else if (best) draw(best.term);
+    };
+    content.append(element("div", { class: "tools" }, choice("Genes ranked by", "gsea",
+      found.attribution.absent ? [["dge", "differential expression"], ["attribution", "attribution"]] : [["attribution", "attribution"], ["dge", "differential expression"]],
+      () => {
+        state.set({ curve: null });
+        show();
+      })), place);
+    show();
+  });
+
+  lazily("deletion", document_("deletion"), ({ curves, areas }, content) => {
+    const kinds = [...new Set(curves.map((curve) => curve.kind))];
+    const place = element("div");
+    const show = () => {
+      const kind = state.get("deletion", kinds[0]);
+      const shown = curves.filter((curve) => curve.kind === kind);
+      place.replaceChildren();
+      SAE.plots.curves(place, shown.map((curve) => ({ name: curve.order, x: curve.n_genes, y: curve.activation })), {
+        label: `Deletion curves of ${name}`, name: `${name}_deletion`, height: 300, x: "genes deleted", y: "activation left",
+      }).catch((error) => place.append(element("p", { class: "failed" }, error.message)));
+    };
+    if (kinds.length > 1) content.append(element("div", { class: "tools" }, choice("Genes are", "deletion", kinds.map((kind) => [kind, kind]), show)));
+    content.append(place);
+    const told = Object.entries(areas || {}).map(([order, area]) => `${order} ${number(area)}`).join(", ");
+    if (told) content.append(element("p", { class: "note" }, `Area under the curve (less: the genes matter more): ${told}.`));
+    show();
+  });
+
+  lazily("nearest", document_("page"), (page, content) => {
+    const list = (title, rows, value, description) => {
+      const place = element("div");
+      content.append(element("h3", {}, title), place);
+      SAE.table(place, [columns.feature, columns.number("value", value, description), columns.label], rows, {
+        sort: "value", descending: true, page: 10, caption: title, file: `${name}_nearest`, empty: "None is known.",
+      });
+    };
+    list("By decoder", page.nearest_decoder, "Cosine", "cosine similarity of the decoder's directions");
+    list("By activation", page.nearest_activation, "Similarity", "similarity of the activations over the cells");
+  });
+})();
