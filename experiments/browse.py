@@ -7,8 +7,8 @@ r"""Concept browser: pages to explore what was found, and an expert's blinded st
 Folders of `sae-jax lens`, `concepts` or `quickstart`, of one dictionary and the same cells where
 there are several. They are only read; the index of a first look (seconds) and what people write
 lie in --state. The server listens on this machine alone; from another one:
-`ssh -L 8080:localhost:8080 host`. On --host=0.0.0.0 it prints a link with a token, without which
-it shows nothing.
+`ssh -L 8080:localhost:8080 host`. On --host=0.0.0.0, or where --state holds a study, the link that
+it prints has a token, without which it shows nothing but the study to its raters.
 
 --export writes the pages without a server, read-only: every document is a script, so they open from
 the file system. It has no answers and no tokens of a study, and publishes the columns of obs that
@@ -47,6 +47,7 @@ def define_flags() -> None:
     flags.DEFINE_string("export", None, "New folder for pages that need no server.")
     flags.DEFINE_list("columns", None, "Columns of obs to show and to publish; default: all.")
     flags.DEFINE_string("new_study", None, "Name of a study to make.")
+    flags.DEFINE_string("title", None, "What raters read above the study; default: its name.")
     flags.DEFINE_integer("concepts", 40, "Concepts in it.", 1)
     flags.DEFINE_integer("neurons", 40, "Neurons in it.", 0)
     flags.DEFINE_integer("repeats", 8, "Items that come twice.", 0)
@@ -60,9 +61,8 @@ def main(folders: list[str]) -> None:
     if not folders:
         raise InputError("give the folder of a run: sae-jax browse RUNDIR")
     try:
-        from analysis.browser.run import Run
-
         from analysis.browser import safety
+        from analysis.browser.run import Run
     except ModuleNotFoundError as error:
         raise InputError(f"{error}: pip install 'sae-jax[browser]'") from None
     paths = [Path(folder) for folder in folders]
@@ -94,10 +94,11 @@ def new_study(run: "Run", state: Path) -> None:
     """Draws a study and prints the raters' tokens, which are nowhere else."""
     from analysis.browser import study
 
-    panels = {} if FLAGS.panels is None else {"panels": tuple(FLAGS.panels)}
+    more = {} if FLAGS.panels is None else {"panels": tuple(FLAGS.panels)}
+    more |= {} if FLAGS.title is None else {"title": FLAGS.title}
     links = study.create(
         state, run, FLAGS.new_study, concepts=FLAGS.concepts, neurons=FLAGS.neurons,
-        repeats=FLAGS.repeats, raters=FLAGS.raters or ["rater"], seed=FLAGS.seed, **panels,
+        repeats=FLAGS.repeats, raters=FLAGS.raters or ["rater"], seed=FLAGS.seed, **more,
     )  # fmt: skip
     print(f"study {FLAGS.new_study}: start `sae-jax browse`, and give each rater this link alone")
     for rater, token in links:
@@ -108,16 +109,19 @@ def serve(run: "Run", state: Path) -> None:
     """Serves until it is stopped."""
     import uvicorn
 
-    from analysis.browser import app
+    from analysis.browser import app, study
 
-    token = None if FLAGS.host in LOOPBACK else secrets.token_urlsafe(24)
+    # A rater at the same machine must not find the features' names by leaving the study.
+    guarded = FLAGS.host not in LOOPBACK or study.load_all(state)
+    token = secrets.token_urlsafe(24) if guarded else None
     served = app.create(run, state, host=FLAGS.host, allow=tuple(FLAGS.allow_host), token=token)
     listening = bound(FLAGS.host, FLAGS.port)
     port = listening.getsockname()[1]
-    if token is None:
-        print(f"http://localhost:{port}/   (Ctrl-C ends it)", flush=True)
-    else:
-        print(f"http://{socket.gethostname()}:{port}/enter#{token}", flush=True)
+    local = FLAGS.host in LOOPBACK
+    name = "localhost" if local else socket.gethostname()
+    way = "" if token is None else f"enter#{token}"
+    print(f"http://{name}:{port}/{way}   (Ctrl-C ends it)", flush=True)
+    if not local:
         print("What is typed and shown crosses the network unencrypted: prefer an ssh tunnel.")
     python_logging.getLogger("uvicorn.error").setLevel(python_logging.WARNING)
     uvicorn.Server(uvicorn.Config(served, log_level="warning", access_log=False)).run(

@@ -26,6 +26,7 @@ PROGRAMS = {
     "steer": "a dictionary, cells and a decoder in; what turning features up does, out",
     "concepts": "cells and a model in; concepts, their genes, terms, stability and use out",
     "sweep": "an embedding in; a dictionary per configuration, their metrics and frontier out",
+    "merge": "the shards of a sweep in; one run out, or the commands of those that are missing",
     "browse": "folders of the lens or of concepts in; pages to explore them, or an expert study",
 }
 MODULES = {  # whose names differ

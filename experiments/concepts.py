@@ -23,30 +23,26 @@ active in 1.6 % of the cells cannot tell half of them, hence the few and dense o
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import anndata
 import numpy as np
 import pandas as pd
-from absl import flags, logging
+from absl import flags
 
-import extract
-from analysis import cells, probes
+from analysis import probes
 from experiments import (
     cli,
     concepts_explained,
+    concepts_inputs,
     concepts_learned,
     concepts_page,
     folders,
     replicates,
     run_folder,
-    scvi_model,
 )
 from experiments import concepts_study as study
 from experiments import inputs as reading
-from experiments.concepts_study import Subject
-from sae_jax import InputError, data, files, workdir
+from sae_jax import InputError, workdir
 
 FLAGS = flags.FLAGS
 
@@ -86,8 +82,15 @@ def define_flags() -> None:
     flags.DEFINE_string("counts", None, "Layer with the counts, or raw; default: X.")
     flags.DEFINE_string("gene_symbols", None, "Column of var with symbols; default: the var names.")
     flags.DEFINE_list("labels", None, "Columns of obs that describe cells; the first is learned.")
-    flags.DEFINE_enum("model", "scvi", ["scvi", "scgpt", "geneformer"], "Whose embedding.")
+    flags.DEFINE_enum(
+        "model", None, ["scvi", "scgpt", "geneformer"], "Whose embedding (scvi, or the store's)."
+    )
     flags.DEFINE_string("checkpoint", None, "Its folder; without one an scVI is trained here.")
+    flags.DEFINE_string(
+        "embedding", None, "An extraction store of these cells (layer_11.zarr): its rows are taken. "
+        "To exchange genes the model is needed all the same, by --checkpoint if it has moved; "
+        "without it that part of the study is left out.",
+    )
     flags.DEFINE_string("dictionaries", None, "Geneformer's token and gene dictionaries: a folder.")
     flags.DEFINE_string("layer", None, "Of the model; default: what its authors export.")
     flags.DEFINE_integer("d_model", 20, "Dimensions of an scVI trained here.", 2)
@@ -126,22 +129,16 @@ def main() -> None:
     if FLAGS.studied is not None and FLAGS.studied not in widths:
         asked = ",".join(map(str, widths))
         raise InputError(f"--studied={FLAGS.studied} must be one of --n_latents={asked}")
-    if FLAGS.checkpoint is None:
-        if FLAGS.model != "scvi":
-            raise InputError(f"--checkpoint is needed: the folder of the {FLAGS.model}")
-        scvi_model.check_installed()
-        if FLAGS.counts is not None:
-            raise InputError("an scVI is trained on X: leave --counts out, or give a --checkpoint")
-    adata, labels, symbols = read()
+    adata, labels, symbols = concepts_inputs.read()
     reading.load_sets(list(dict.fromkeys(symbols.values())), 100)
     probes.split(labels.iloc[:, 0], *per_class, seed=FLAGS.seed)
-    loaded = None if FLAGS.checkpoint is None else loaded_model()
+    source = concepts_inputs.source(adata)
     settings = settings_of_flags()
     with workdir.locked(out):
         folders.claim(out, SETTINGS, settings, (*FILES, *KEPT), ("follow",))
 
         # 2. The model and its embedding; dictionaries of it.
-        subject = embedded(adata, labels, symbols, loaded, out)
+        subject = concepts_inputs.subject(adata, labels, symbols, source, out)
         chosen = study.configs(
             subject.x.shape[1], widths, seeds, round(len(subject.x) * (1 - study.VALIDATION)),
             FLAGS.learning_rate, FLAGS.k_share,
@@ -197,29 +194,6 @@ def whole_numbers(flag: str, least: int = 1) -> list[int]:
     return list(dict.fromkeys(int(text) for text in given))
 
 
-def read() -> tuple[anndata.AnnData, pd.DataFrame, dict[str, str]]:
-    """The cells, their labels, and the symbol of each gene of var."""
-    if not FLAGS.h5ad:
-        raise InputError("--h5ad is needed: an AnnData file with counts")
-    if not FLAGS.labels:
-        raise InputError("--labels is needed: columns of obs that describe the cells")
-    adata = cells.read(FLAGS.h5ad)
-    labels = pd.DataFrame({name: cells.labels(adata, name) for name in FLAGS.labels})
-    if FLAGS.counts == "raw" and adata.raw is None:
-        raise InputError(f"--counts=raw: {FLAGS.h5ad} has no raw")
-    var = adata.raw.var if FLAGS.counts == "raw" else adata.var
-    if FLAGS.gene_symbols is not None and FLAGS.gene_symbols not in var:
-        raise InputError(f"--gene_symbols: var has no column {FLAGS.gene_symbols}")
-    named = var.index if FLAGS.gene_symbols is None else var[FLAGS.gene_symbols]
-    return adata, labels, dict(zip(var.index.astype(str), named.astype(str), strict=True))
-
-
-def loaded_model() -> Any:
-    """The model of --checkpoint."""
-    more = {} if FLAGS.dictionaries is None else {"dictionaries": FLAGS.dictionaries}
-    return extract.load_model(FLAGS.model, FLAGS.checkpoint, device="auto", **more)
-
-
 def settings_of_flags() -> dict[str, Any]:
     """What the results depend on: every flag, and the contents of files."""
     mine = FLAGS.find_module_defining_flag("permutations")
@@ -229,58 +203,9 @@ def settings_of_flags() -> dict[str, Any]:
         for module in dict.fromkeys((mine, sets))
         for flag in FLAGS.get_flags_for_module(module)
     }
-    paths = [FLAGS.h5ad, FLAGS.checkpoint, FLAGS.dictionaries, FLAGS.gene_sets, FLAGS.gene_table]
+    files_of = ("h5ad", "embedding", "checkpoint", "dictionaries", "gene_sets", "gene_table")
+    paths = [FLAGS[name].value for name in files_of]
     return settings | {"contents": folders.contents(paths)}
-
-
-def embedded(
-    adata: anndata.AnnData,
-    labels: pd.DataFrame,
-    symbols: dict[str, str],
-    model: Any,
-    out: Path,
-) -> Subject:
-    """The cells in the model (None: one trained here), with the genes that both know."""
-    if model is None:
-        model = scvi_model.trained(
-            adata, out / "scvi", n_latent=FLAGS.d_model, epochs=FLAGS.model_epochs, seed=FLAGS.seed
-        )
-    by_symbol = model.naming == "symbol" and FLAGS.gene_symbols is not None
-    options = {"genes": FLAGS.gene_symbols if by_symbol else None, "counts": FLAGS.counts}
-    asked = FLAGS.layer
-    layer = model.resolve(int(asked) if asked and asked.lstrip("-").isdigit() else asked)[0]
-    path = out / "embedding.npy"
-    if not path.exists():
-        logging.info("embedding %d cells", adata.n_obs)
-        x = model.embed(adata, layer, **options)[layer]
-        with files.write_aside(path) as fresh, fresh.open("wb") as file:
-            np.save(file, x)
-    x = data.check_rows(np.load(path), "the embedding")
-    # Expression by the names that the model's genes have in the file, so that it is the same gene.
-    expression = cells.expression(
-        adata, FLAGS.counts or "X", "counts", FLAGS.gene_symbols if by_symbol else None
-    )
-    measured = {gene: i for i, gene in enumerate(expression.genes)}
-    total = np.asarray(expression.x.sum(axis=0)).ravel()
-    exchanged = model.plan(adata, **options).genes
-    known = [gene for gene in exchanged if gene in measured]
-    # Of several genes with one symbol the most expressed; the order is the model's.
-    symbol_of = {gene: gene if by_symbol else symbols.get(gene, gene) for gene in known}
-    best: dict[str, str] = {}
-    for gene in sorted(known, key=lambda gene: -total[measured[gene]]):
-        best.setdefault(symbol_of[gene], gene)
-    chosen = [gene for gene in known if best[symbol_of[gene]] == gene]
-    if len(chosen) < 100:
-        raise InputError(
-            f"{len(chosen)} genes of the model have measured expression: too few for enrichment"
-        )
-    columns = [measured[gene] for gene in chosen]
-    names = np.asarray([symbol_of[gene] for gene in chosen], object)
-    return Subject(
-        adata=adata, model=model, layer=layer, options=options, x=x, labels=labels,
-        expression=cells.Expression(expression.x[:, columns], names),
-        genes=np.asarray(chosen, object), exchanged=exchanged, sets=reading.load_sets(list(names)),
-    )  # fmt: skip
 
 
 def members_studied(results: pd.DataFrame, d: int, widths: Sequence[int]) -> list[int]:

@@ -21,6 +21,7 @@ from sae_jax import files
 
 FLAGS = flags.FLAGS
 
+CURVES = {"deletion": 0, "deletion_held_out": 1}  # times the prototypes, those that come before
 NAMED_Q = 0.05  # of a feature's best term by attribution, for it to count as named
 
 
@@ -33,10 +34,11 @@ class Explained:
       z: activations of the same [cells, features], and `decoder` [features, d].
       latents: of the attributed concepts, in the order of the tables.
       concepts, neurons: names of the attributed ones.
-      attribution: [concepts then neurons, genes of the subject].
+      attribution: [concepts then neurons, genes of the subject]; None without a model.
       dge: the same of log2 fold changes, of the concepts alone.
       strengths, table_6, deletion, held_out: tables, of concepts drawn at random but for the last
-        two, the curves of the prototypes that attribution took and of the next ones.
+        two, the curves of the prototypes that attribution took and of the next ones. Without a
+        model the last three have no rows.
       stability: of all concepts of all seeds; None of one seed.
     """
 
@@ -46,13 +48,18 @@ class Explained:
     latents: np.ndarray
     concepts: list[str]
     neurons: list[str]
-    attribution: np.ndarray
+    attribution: np.ndarray | None
     dge: np.ndarray
     strengths: pd.DataFrame
     table_6: pd.DataFrame
     deletion: pd.DataFrame
     held_out: pd.DataFrame
     stability: pd.DataFrame | None
+
+    @property
+    def method(self) -> str:
+        """Whose genes and terms speak for a concept: "attribution", or "dge" without a model."""
+        return "dge" if self.attribution is None else "attribution"
 
 
 def explain(
@@ -92,14 +99,18 @@ def explain(
         table.loc[cells_of.index, list(own)] = own.to_numpy()
 
     # Genes.
-    attributed = attribution_kept(subject, groups, out)
-    scores = study.wide(attributed, "attribution", every)
+    scores = None
+    if subject.model is not None:
+        attributed = attribution_kept(subject, groups, out)
+        scores = study.wide(attributed, "attribution", every)
+        describe_genes(table, every, scores, subject)
     dge = study.kept(
         out / "dge.parquet",
         lambda: study.differences(subject, z[:, latents], names["concepts"]),
     )
     fold = study.wide(dge, "log2_fold_change", names["concepts"])
-    describe_genes(table, every, scores, subject)
+    if scores is None:
+        describe_genes(table, names["concepts"], study.wide(dge, "t", names["concepts"]), subject)
 
     # Terms.
     terms = terms_kept(subject, scores, fold, every, names["concepts"], out)
@@ -108,48 +119,48 @@ def explain(
         for column in best:
             table.loc[best.index, f"{method}:{column}"] = best[column]
     at_random = table.loc[names["concepts"]].query("drawn")
-    n_terms = {method: study.tested_terms(found) for method, found in terms.items()}
-    strengths = study.strengths(
-        {
-            "concepts, attribution": (at_random, "attribution"),
-            **{
-                f"of these with {told} cells": (
-                    at_random[at_random["n_active"].between(*between, inclusive="left")],
-                    "attribution",
-                )
-                for told, between in study.SIZES.items()
-            },
-            "neurons, attribution": (table.loc[names["neurons"]], "attribution"),
-            "concepts, DGE": (at_random, "dge"),
-        },
-        n_terms,
-    )  # fmt: skip
-    n_concepts = len(names["concepts"])
-    first = {"attribution": terms["attribution"].iloc[: len(terms["dge"])], "dge": terms["dge"]}
-    compared = study.compared(first, scores[:n_concepts], fold, subject, names["concepts"])
-    table_6 = concept_terms.table_6(compared[compared["feature"].isin(at_random.index)])
+    strengths = strengths_of(at_random, table.loc[names["neurons"]], terms)
     files.write_parquet(out / "features.parquet", table.rename_axis("feature").reset_index())
     study.write_csv(strengths.reset_index(), out / "strengths.csv")
-    study.write_csv(table_6.rename_axis("quantity").reset_index(), out / "table_6.csv")
-
-    # Deletion.
-    p = study.wide(dge, "log10_p", names["concepts"])
-    curves = {
-        name: study.kept(
-            out / f"{name}.parquet",
-            lambda beyond=beyond: study.deleted(
-                subject, dictionary, latents, scores[:n_concepts], fold, p, FLAGS.seed,
-                beyond=beyond, **samples(),
-            ),
-        )
-        for name, beyond in {"deletion": 0, "deletion_held_out": FLAGS.prototypes}.items()
-    }  # fmt: skip
+    table_6, curves = pd.DataFrame(), {name: pd.DataFrame() for name in CURVES}
+    if scores is not None:
+        own = scores[: len(latents)]
+        first = terms | {"attribution": terms["attribution"].iloc[: len(terms["dge"])]}
+        compared = study.compared(first, own, fold, subject, names["concepts"])
+        table_6 = concept_terms.table_6(compared[compared["feature"].isin(at_random.index)])
+        study.write_csv(table_6.rename_axis("quantity").reset_index(), out / "table_6.csv")
+        p = study.wide(dge, "log10_p", names["concepts"])
+        curves = {
+            name: study.kept(
+                out / f"{name}.parquet",
+                lambda beyond=beyond: study.deleted(
+                    subject, dictionary, latents, own, fold, p, FLAGS.seed,
+                    beyond=beyond * FLAGS.prototypes, **samples(),
+                ),
+            )
+            for name, beyond in CURVES.items()
+        }  # fmt: skip
     decoder = np.concatenate([stability.directions(dictionary)[live], neurons.decoder[sides]])
     return Explained(
         table, sparse.hstack([z[:, live], codes], "csr"), decoder, latents, names["concepts"],
-        names["neurons"], scores, fold, strengths, table_6, curves["deletion"],
-        curves["deletion_held_out"], again,
+        names["neurons"], scores, fold, strengths, table_6, *curves.values(), again,
     )  # fmt: skip
+
+
+def strengths_of(
+    concepts: pd.DataFrame, neurons: pd.DataFrame, terms: dict[str, pd.DataFrame]
+) -> pd.DataFrame:
+    """Strong and weak annotations of concepts, of the frequent and the rare of them, of neurons;
+    and by differential expression."""
+    of = {}
+    if "attribution" in terms:
+        of["concepts, attribution"] = (concepts, "attribution")
+        for told, (least, below) in study.SIZES.items():
+            some = (concepts["n_active"] >= least) & (concepts["n_active"] < below)
+            of[f"of these with {told} cells"] = (concepts[some], "attribution")
+        of["neurons, attribution"] = (neurons, "attribution")
+    of["concepts, DGE"] = (concepts, "dge")
+    return study.strengths(of, {name: study.tested_terms(found) for name, found in terms.items()})
 
 
 def attribution_kept(
@@ -167,35 +178,39 @@ def attribution_kept(
 def describe_genes(
     table: pd.DataFrame, names: list[str], scores: np.ndarray, subject: Subject
 ) -> None:
-    """Add the number of important genes, the ten best, and the share in no term."""
+    """Add the ten best genes; and of attributions the number of important ones, and the share of
+    these in no term."""
     symbols = subject.expression.genes
-    without = np.isnan(scores).all(axis=1)  # no cell has the concept, or all have
-    important = scores > study.IMPORTANT
     order = np.argsort(-scores, axis=1, kind="stable")[:, :10]
-    table.loc[names, "n_important"] = np.where(without, np.nan, important.sum(axis=1))
     top = [", ".join(symbols[g] for g in row if scores[i, g] > 0) for i, row in enumerate(order)]
     table["top_genes"] = pd.Series(top, index=names, dtype=object)
+    if subject.model is None:
+        return
+    without = np.isnan(scores).all(axis=1)  # no cell has the concept, or all have
+    important = scores > study.IMPORTANT
+    table.loc[names, "n_important"] = np.where(without, np.nan, important.sum(axis=1))
     table.loc[names, "in_no_term"] = concept_terms.share_in_no_term(
         important, subject.sets.membership
     )
 
 
 def terms_kept(
-    subject: Subject, scores: np.ndarray, fold: np.ndarray, every: list[str], concepts: list[str],
-    out: Path,
+    subject: Subject, scores: np.ndarray | None, fold: np.ndarray, every: list[str],
+    concepts: list[str], out: Path,
 ) -> dict[str, pd.DataFrame]:  # fmt: skip
-    """GSEA of attributed genes, of all; and of fold changes, of concepts."""
+    """GSEA of attributed genes, of all that have some; and of fold changes, of concepts."""
     settings = {"permutations": FLAGS.permutations, "seed": FLAGS.seed}
-    return {
-        "attribution": study.kept(
+    found = {}
+    if scores is not None:
+        found["attribution"] = study.kept(
             out / "gsea_attribution.parquet",
             lambda: study.enriched(scores, subject, every, score_type="pos", **settings),
-        ),
-        "dge": study.kept(
-            out / "gsea_dge.parquet",
-            lambda: study.enriched(fold, subject, concepts, score_type="std", **settings),
-        ),
-    }
+        )
+    found["dge"] = study.kept(
+        out / "gsea_dge.parquet",
+        lambda: study.enriched(fold, subject, concepts, score_type="std", **settings),
+    )
+    return found
 
 
 def samples() -> dict[str, int]:
@@ -210,13 +225,14 @@ def write_for_browsing(
     """features.h5ad and the gene sets; returns the map of the cells that figures are drawn on."""
     table = found.features
     concepts = table[table["kind"] == "concept"]
-    tested = concepts["attribution:p"].dropna().index
-    named = (concepts.loc[tested, "attribution:least_q"] <= NAMED_Q).sum()
+    by = found.method
+    tested = concepts[f"{by}:p"].dropna().index
+    named = (concepts.loc[tested, f"{by}:least_q"] <= NAMED_Q).sum()
     about = run_folder.about(
-        "concepts", dictionary, subject.x, model=settings["model"], layer=str(subject.layer),
-        n_live=len(concepts), n_attributed=len(found.concepts), n_testable=len(tested),
+        "concepts", dictionary, subject.x, model=subject.model_name, layer=str(subject.layer),
+        n_live=len(concepts), n_studied=len(found.concepts), n_testable=len(tested),
         n_named=int(named), share_named=float(named / len(tested)) if len(tested) else None,
-        named_by=f"a term of q <= {NAMED_Q:g} by GSEA of attributed genes, of those attributed",
+        named_by=f"a term of q <= {NAMED_Q:g} by GSEA ({by}), of those tested",
     )  # fmt: skip
     own = run_folder.cell_maps(out, subject.x)
     theirs = run_folder.input_maps(settings["h5ad"], subject.adata.obs_names)

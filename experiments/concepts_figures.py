@@ -83,13 +83,12 @@ def attributed(features: pd.DataFrame, shown: list[str], scores: Any, genes: Any
         )
         axes.invert_yaxis()
         axes.set_xlabel("drop in activation", fontsize=8)
-        axes.set_title(f"{name}\n{term(features.loc[name])}", fontsize=8)
+        axes.set_title(f"{name}\n{term(features.loc[name], 'attribution')}", fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 
-def term(row: pd.Series) -> str:
-    """A feature's best term by attribution, for a title; "no term" where none could be tested."""
-    return (
-        plots.plain(row["attribution:term"], 30) if pd.notna(row["attribution:term"]) else "no term"
-    )
+def term(row: pd.Series, method: str) -> str:
+    """A feature's best term by attribution or dge, for a title; "no term" where none was tested."""
+    found = row[f"{method}:term"]
+    return plots.plain(found, 30) if pd.notna(found) else "no term"

@@ -76,9 +76,7 @@ def learn(
         tables.append(table.rename_axis("method").reset_index().assign(task=task))
         concepts = next(iter(coders))
         confusion |= {(task, name): learned[name].confusion for name in (concepts, "neurons")}
-        coefficients.append(
-            speaking(learned[concepts], found, subject.expression.genes).assign(task=task)
-        )
+        coefficients.append(speaking(learned[concepts], found).assign(task=task))
     compared = pd.concat(tables, ignore_index=True)
     spoken = pd.concat(coefficients, ignore_index=True)
     study.write_csv(compared, out / "methods.csv")
@@ -89,7 +87,10 @@ def learn(
 def test_in_model(
     subject: Subject, dictionary: sae_jax.Dictionary, found: Explained, out: Path
 ) -> dict[str, pd.DataFrame]:
-    """Concepts ablated in the model, beside random directions; what a reconstruction keeps."""
+    """Concepts ablated in the model, beside random directions; what a reconstruction keeps. Nothing
+    without a model."""
+    if subject.model is None:
+        return {}
     strongest = found.features.loc[found.concepts, "mean_activation"].to_numpy()
     features = found.latents[np.argsort(-strongest, kind="stable")[: FLAGS.causal]]
     return {
@@ -200,16 +201,13 @@ def useful(
     )  # fmt: skip
 
 
-def speaking(probe: probes.Probe, found: Any, genes: Sequence[str]) -> pd.DataFrame:
-    """The concepts of the largest coefficients of each class, with the genes attributed to them."""
+def speaking(probe: probes.Probe, found: Explained) -> pd.DataFrame:
+    """The concepts of the largest coefficients of each class, with the best genes of those that
+    were studied."""
     table = probes.top_features(probe)
-    place = {latent: i for i, latent in enumerate(found.latents)}
-    tops = [found.attribution[place[f]] if f in place else None for f in table["feature"]]
-    table["top_genes"] = [
-        "" if row is None else ", ".join(str(genes[g]) for g in np.argsort(-row)[:10] if row[g] > 0)
-        for row in tops
-    ]
-    return table.assign(feature=[f"concept_{f}" for f in table["feature"]])
+    table["feature"] = [f"concept_{latent}" for latent in table["feature"]]
+    genes = found.features["top_genes"].reindex(table["feature"]).fillna("")
+    return table.assign(top_genes=genes.to_numpy())
 
 
 def causal_tests(

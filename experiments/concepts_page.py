@@ -31,6 +31,11 @@ PAPER_METHODS = (
     "semi-NMF (scGPT), .980 against .849 (scVI); cell types from concepts / neurons .860 / .869 "
     "(scGPT), .853 / .853 (scVI); cell cycle .487 / .482 and .485 / .493."
 )
+ABSENT = (
+    "Left out, since the model of the embedding's store is not there (give its folder by "
+    "--checkpoint): the genes that drive a concept, their terms, deletion curves, tests in the "
+    "model. Genes and terms are those of differential expression."
+)
 SEMI_NMF = (
     "Semi-NMF has as many codes above 0 as it likes; with a number a cell at most as many as TopK, "
     "by matching pursuit, which is a search in each cell where TopK's encoder is one product. R2 "
@@ -64,22 +69,23 @@ def draw(
 ) -> dict[str, Path]:
     """Every figure, PNG and PDF."""
     table = found.features
-    every = [*found.concepts, *found.neurons]
     shown = shown_concepts(found)
-    scores = {name: found.attribution[every.index(name)] for name in shown}
-    titles = [f"{name}: {concepts_figures.term(table.loc[name])}" for name in shown]
+    titles = [f"{name}: {concepts_figures.term(table.loc[name], found.method)}" for name in shown]
     figures = {
         "cells": plots.cells_by_feature(
             coordinates, "map", found.z[:, table.index.get_indexer(shown)], titles,
             subject.labels.iloc[:, 0],
         ),
-        "attributed": concepts_figures.attributed(
-            table, shown[:PICTURED], scores, subject.expression.genes
-        ),
         "strengths": concepts_figures.strengths(found.strengths),
-        "deletion": deletion.figure(found.deletion),
         "confusion": concepts_figures.confusion(learned.confusion),
     }  # fmt: skip
+    if found.attribution is not None:
+        every = [*found.concepts, *found.neurons]
+        scores = {name: found.attribution[every.index(name)] for name in shown}
+        figures["attributed"] = concepts_figures.attributed(
+            table, shown[:PICTURED], scores, subject.expression.genes
+        )
+        figures["deletion"] = deletion.figure(found.deletion)
     if len(found.held_out):
         figures["deletion_held_out"] = deletion.figure(found.held_out)
     if found.stability is not None:
@@ -91,14 +97,14 @@ def shown_concepts(found: Explained) -> list[str]:
     """For each column and label the concept that tells it best, then the most surely annotated."""
     table = found.features.loc[found.concepts]
     chosen = study.telling(table)
-    chosen += table.sort_values("attribution:p").index.tolist()
+    chosen += table.sort_values(f"{found.method}:p").index.tolist()
     return list(dict.fromkeys(chosen))[: TOP - 1]
 
 
 def told(found: Explained, learned: Learned, follow: Sequence[str]) -> list[str]:
     """What the program must show, a line each."""
-    table = found.features.loc[found.concepts]
-    lines = []
+    table, by = found.features.loc[found.concepts], found.method
+    lines = [] if found.attribution is not None else [ABSENT]
     for column in [name for name in table if name.endswith(":auroc")]:
         best = table[column].idxmax()
         row = table.loc[best]
@@ -110,8 +116,8 @@ def told(found: Explained, learned: Learned, follow: Sequence[str]) -> list[str]
                 f"activation {row['replicated_by_activation']:.0%}"
             )
         lines.append(
-            f"{name}: {best} tells {label} by AUROC {row[column]:.3f}; {row['attribution:term']} "
-            f"(p {row['attribution:p']:.1e}, q {row['attribution:q']:.1e}); "
+            f"{name}: {best} tells {label} by AUROC {row[column]:.3f}; {row[f'{by}:term']} "
+            f"(p {row[f'{by}:p']:.1e}, q {row[f'{by}:q']:.1e}); "
             f"{row['top_genes']}{again}"
         )
         if follow:

@@ -50,18 +50,20 @@ class Subject:
 
     Attributes:
       adata: the cells; the model's expression is there.
-      model: a reader of `extract`; `layer`, `options` (of `model.embed`) say what is embedded.
+      model: a reader of `extract`, or None where its weights are not there; `layer`, `options` (of
+        `model.embed`) say what is embedded. model_name: also known then.
       x: the embedding [cells, d].
       expression: ln(1 + counts per ten thousand) [cells, genes], of the genes that the model knows
         and that were measured, by symbol.
       genes: the same in the model's names.
-      exchanged: all genes that attribution exchanges, in its order.
+      exchanged: all genes that attribution exchanges, in its order; without a model unused.
       labels: columns of obs that describe cells.
       sets: over the genes of `expression`.
     """
 
     adata: anndata.AnnData
     model: Any
+    model_name: str
     layer: Any
     options: dict[str, Any]
     x: np.ndarray

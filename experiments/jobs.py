@@ -67,14 +67,16 @@ def check_workdir(out: Path, settings: str) -> Path:
     return out
 
 
-def claim(out: Path, settings: str, produced: Sequence[str]) -> None:
-    """Make the folder ours: clear what --overwrite replaces, and note the flags."""
+def claim(
+    out: Path, settings: str, produced: Sequence[str], more: dict[str, Any] | None = None
+) -> None:
+    """Make the folder ours: clear what --overwrite replaces, and note the flags, and `more`."""
     if FLAGS.overwrite:
         # What tells that the folder is ours goes last: a kill leaves one that can be overwritten.
         for name in [*KEPT, *(n for n in produced if n != settings), "tensorboard", settings]:
             files.remove(out / name)
     if not (out / "configs.json").exists():
-        files.write_json(out / settings, given_flags())
+        files.write_json(out / settings, given_flags() | (more or {}))
 
 
 def given_flags() -> dict[str, Any]:

@@ -29,6 +29,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -51,6 +52,7 @@ FILES = {
     "figures": "frontier: PNG and PDF",
 }
 SHOWN = 8  # rows of the printed table
+OF_SHARD = ("num_shards", "shard_index", "positions")  # settings that differ between shards
 
 
 def define_flags() -> None:
@@ -73,14 +75,15 @@ def main() -> None:
     configs = configurations.read_configs(axes, rows["train"].shape[1])
     jobs.check(configs, rows)
     whole = len(configs)
-    configs = shard(configs, shards, index, len(rows["train"]), FLAGS.epochs)
+    positions = shard(configs, shards, index, len(rows["train"]), FLAGS.epochs)
+    configs = [configs[position] for position in positions]
     if shards > 1:
         print(f"shard {index} of 0 .. {shards - 1}: {len(configs)} of {whole} configurations")
     print(configurations.describe(configs))
     if out is None:
         return
     with workdir.locked(out):
-        jobs.claim(out, SETTINGS, FILES)
+        jobs.claim(out, SETTINGS, FILES, {"positions": positions} if shards > 1 else {})
 
         # 2. Train. Each program's results are on disk before the next one starts.
         run = jobs.train(configs, rows, out)
@@ -137,16 +140,19 @@ def check_siblings(out: Path, index: int, shards: int) -> None:
         if path.name == f"shard-{index:03d}-of-{shards:03d}" or not (path / SETTINGS).is_file():
             continue
         theirs = json.loads((path / SETTINGS).read_text())
-        theirs.pop("shard_index", None)
-        if theirs != {k: v for k, v in ours.items() if k != "shard_index"}:
-            changes = workdir.difference(theirs, {k: v for k, v in ours.items() if k in theirs})
+        if changes := workdir.difference(alike(theirs), alike(ours)):
             raise InputError(f"{path} is a shard of another sweep:\n  {changes}")
+
+
+def alike(settings: dict[str, Any]) -> dict[str, Any]:
+    """What all shards of a sweep are asked for alike."""
+    return {key: value for key, value in settings.items() if key not in OF_SHARD}
 
 
 def shard(
     configs: Sequence[SAEConfig], shards: int, index: int, rows: int, epochs: int
-) -> list[SAEConfig]:
-    """The configurations of one shard, in their order: together the shards are the whole, once.
+) -> list[int]:
+    """Positions of one shard's configurations, ascending: together the shards are the whole, once.
 
     By estimated cost, n_latents * batch * steps, the longest first, each to the shard that has the
     least so far.
@@ -165,7 +171,7 @@ def shard(
         loads[lightest] += costs[position]
         if lightest == index:
             ours.append(position)
-    return [configs[position] for position in sorted(ours)]
+    return sorted(ours)
 
 
 def best(results: pd.DataFrame, split: str) -> str:

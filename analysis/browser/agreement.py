@@ -65,7 +65,7 @@ def kappa(a: Sequence[str], b: Sequence[str], options: Sequence[str]) -> dict[st
         kappa if both gave one and the same answer throughout, the interval also where its formula
         has no width, whatever n: if they never differed, or one of them gave one answer only.
     """
-    found = dict.fromkeys(("same", "kappa", "low", "high"), np.nan) | {"n": len(a)}
+    found = {"n": len(a)} | dict.fromkeys(("same", "kappa", "low", "high"), np.nan)
     if not len(a):
         return found
     table = np.zeros((len(options), len(options)))
@@ -295,7 +295,7 @@ def figure(found: pd.DataFrame) -> Figure:
     if found.empty:
         raise InputError("no item has been rated yet: there is nothing to draw.")
     raters = list(dict.fromkeys(found["rater"]))
-    picture = Figure(figsize=(2.1 + 2.3 * len(raters), 3.8), layout="constrained")
+    picture = Figure(figsize=(2.9 + 2.1 * len(raters), 3.6), layout="constrained")
     panels = picture.subplots(1, len(raters), sharey=True, squeeze=False)[0]
     table = shares(found).query("counted == 'yes'").set_index(["rater", "kind"])
     for axes, rater in zip(panels, raters, strict=True):
@@ -318,7 +318,7 @@ def figure(found: pd.DataFrame) -> Figure:
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("share of features")
     handles, names = panels[0].get_legend_handles_labels()
-    picture.legend(handles, names, loc="outside lower center", ncols=3, frameon=False)
+    picture.legend(handles, names, loc="outside right upper", frameon=False)
     return picture
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -106,13 +106,16 @@ _SAME = {
 }  # fmt: skip
 
 
-def standard(folder: Folder) -> pd.DataFrame:
-    """A folder's table with the standard columns that it can fill; the others after them."""
-    table = folder.table.rename(columns={old: new for new, old in _SAME.items()})
+def standard(folder: Folder, hidden: Collection[str] = ()) -> pd.DataFrame:
+    """A folder's table with the standard columns that it can fill; the others after them.
+
+    What the program found out about `hidden` columns of the cells' metadata is left out.
+    """
+    table = _without(folder, set(hidden)).rename(columns={old: new for new, old in _SAME.items()})
     table = table.loc[:, ~table.columns.duplicated()]
-    if "label" in table and isinstance(folder.settings.get("label"), str):
+    if "label" in table:
         known = table["label"].notna().to_numpy()
-        table["label_column"] = np.where(known, folder.settings["label"], None)
+        table["label_column"] = np.where(known, folder.settings.get("label"), None)
     areas = {name.removesuffix(":auroc"): table[name] for name in table if name.endswith(":auroc")}
     if areas and "label" not in table:
         names = [name for name in areas if f"{name}:best" in table]
@@ -136,6 +139,22 @@ def standard(folder: Folder) -> pd.DataFrame:
     for name in table.select_dtypes(["object", "category"]):
         texts = table[name].astype(object)
         table[name] = texts.where(texts.notna() & ~texts.isin(["", "nan"]), None)
+    return table
+
+
+def _without(folder: Folder, hidden: set[str]) -> pd.DataFrame:
+    table = folder.table
+    dropped = set()
+    if folder.settings.get("label") in hidden:
+        dropped |= {"best_label", "best_label_auroc"}
+        dropped |= {name for name in table if name.startswith(("kind_", "local_label_"))}
+    for column in hidden:
+        dropped |= {name for name in table if name.startswith(f"{column}:")}
+        dropped |= {f"{column}_{suffix}" for suffix in ("high", "low", "alpha", "rho", "q")}
+    table = table.drop(columns=[name for name in table if name in dropped])
+    if "technical_column" in table:
+        column = table["technical_column"].astype(object)
+        table["technical_column"] = column.where(~column.isin(hidden), None)
     return table
 
 

@@ -1,6 +1,6 @@
 """Documents: what a page shows, by key. The server makes them when asked, the export all of them.
 
-A key is made of words and numbers only: about, features, map, cells/coordinates/<i>,
+A key is made of words and numbers only: about, features, names, map, cells/coordinates/<i>,
 cells/column/<i>, feature/<i>/page, .../activation, .../attribution, .../dge, .../terms,
 .../gsea/attribution, .../gsea/dge, .../deletion, gene/<i>, term/<i>, label/<column>/<value>,
 cell/<i>. Features, genes, terms, columns, labels and cells are numbered by the run.
@@ -27,6 +27,7 @@ from analysis.browser.run import Run
 
 MOST_ROWS = 200  # of a table of features
 MOST_OF_CELL = 50
+WHOLE = ("about", "features", "names", "map")  # documents without a number
 OF_FEATURE: dict[str, Callable[[Run, int], dict[str, Any]]] = {
     "page": of_feature.page,
     "activation": of_feature.activation,
@@ -66,7 +67,7 @@ def parsed(key: str) -> tuple[str, list[int]]:
         else:
             words.append(part)
     name = "/".join(words)
-    n_numbers = {"about": 0, "features": 0, "map": 0, "label": 2}.get(name, 1)
+    n_numbers = {"label": 2, **dict.fromkeys(WHOLE, 0)}.get(name, 1)
     known = name in _DOCUMENTS or name.removeprefix("feature/") in OF_FEATURE
     again = _key(name, *numbers) if known and len(numbers) == n_numbers else None
     if again != key:
@@ -76,7 +77,7 @@ def parsed(key: str) -> tuple[str, list[int]]:
 
 def keys(run: Run, cells: bool = False) -> Iterator[str]:
     """Every key of the run; those of single cells where asked for."""
-    yield from ("about", "features", "map")
+    yield from WHOLE
     yield from (f"cells/coordinates/{i}" for i in range(len(run.maps)))
     yield from (f"cells/column/{i}" for i in range(len(run.metadata)))
     for i in range(run.n_features):
@@ -162,6 +163,15 @@ def features(run: Run) -> dict[str, Any]:
             "missing": n if none else None,
         }  # fmt: skip
     return {"names": run.names, "columns": columns}
+
+
+def names(run: Run) -> dict[str, Any]:
+    """The names of all genes, terms and labels."""
+    labels = [
+        {"text": value, "index": [c, v]}
+        for c, held, _ in run.labels() for v, value in enumerate(held["categories"])
+    ]  # fmt: skip
+    return {"genes": run.genes, "terms": run.terms, "labels": labels}
 
 
 def feature_map(run: Run) -> dict[str, Any]:
@@ -308,6 +318,7 @@ def cell(run: Run, i: int) -> dict[str, Any]:
 _DOCUMENTS: dict[str, Callable[..., dict[str, Any]]] = {
     "about": about,
     "features": features,
+    "names": names,
     "map": feature_map,
     "cells/coordinates": coordinates,
     "cells/column": column,

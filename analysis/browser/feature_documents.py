@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.browser.index import RANGE
+from analysis.browser.inverted import CURVES as CURVE_FILES
 from analysis.browser.run import Run
 from analysis.gsea_null import Ranking
 
@@ -194,7 +195,11 @@ def attribution(run: Run, i: int) -> dict[str, Any]:
 
 
 def _samples(run: Run, i: int, genes: np.ndarray) -> dict[str, Any] | None:
-    """The single samples of some genes; a gene that a sample does not list has 0 in it."""
+    """The single samples of some genes whose mean is not 0.
+
+    A gene that has a row in no sample was not kept and is NaN; in a sample that lacks a gene of
+    others it is 0.
+    """
     names = ["prototype", "counterfactual", "gene", "attribution"]
     table = run.rows("samples", i, names)
     if table is None:
@@ -203,13 +208,14 @@ def _samples(run: Run, i: int, genes: np.ndarray) -> dict[str, Any] | None:
     distinct, first, which = np.unique(pairs, axis=0, return_index=True, return_inverse=True)
     order = np.argsort(first)
     distinct, which = distinct[order], np.argsort(order)[which.ravel()]
-    sides = [list(dict.fromkeys(distinct[:, side].tolist())) for side in (0, 1)]
     place = np.full(len(run.genes), -1)
     place[genes] = np.arange(len(genes))
     column = place[_numbers(run, table["gene"])]
-    values = np.zeros((len(distinct), len(genes)), np.float32)
     shown = column >= 0
+    values = np.full((len(distinct), len(genes)), np.nan, np.float32)
+    values[:, column[shown]] = 0
     values[which[shown], column[shown]] = table["attribution"].to_numpy(np.float32)[shown]
+    sides = [list(dict.fromkeys(distinct[:, side].tolist())) for side in (0, 1)]
     cells = run.cells if run.n_cells else ()
     told = [
         [{"cell": cell, "name": cells[cell] if cell < len(cells) else f"cell {cell}"}
@@ -225,19 +231,22 @@ def _samples(run: Run, i: int, genes: np.ndarray) -> dict[str, Any] | None:
 
 
 def dge(run: Run, i: int) -> dict[str, Any]:
-    """Genes that differ between the feature's cells and silent ones."""
+    """Genes that differ between the feature's cells and silent ones; those that vary in neither are
+    untested. Their names are in the document `names`."""
     columns = ["gene", "log2_fold_change", "log10_p"]
     complete, table = True, run.rows("dge", i, columns)
     if table is None:
         complete, table = False, run.rows("genes", i, columns)
     if table is None:
         return gone(run, "dge")
-    genes = _numbers(run, table["gene"])
+    told = run.groups(table.attrs["folder"])
+    tested = table[table["log10_p"].notna()]
     return {
-        "genes": genes.astype(np.uint32), "names": [run.genes[g] for g in genes],
-        "log2_fold_change": table["log2_fold_change"].to_numpy(np.float32),
-        "log10_p": table["log10_p"].to_numpy(np.float32),
-        "complete": complete, "n_genes": len(genes), "told": run.groups(table.attrs["program"]),
+        "genes": _numbers(run, tested["gene"]).astype(np.uint32),
+        "log2_fold_change": tested["log2_fold_change"].to_numpy(np.float32),
+        "log10_p": tested["log10_p"].to_numpy(np.float32),
+        "complete": complete, "n_genes": len(tested), "n_untested": len(table) - len(tested),
+        "told": told,
     }  # fmt: skip
 
 
@@ -252,7 +261,7 @@ def terms(run: Run, i: int) -> dict[str, Any]:
     rows = []
     for row in table.to_dict("records"):
         term = run.term_number[str(row["term"])]
-        members = set(run.genes_of(term).tolist())
+        members = set(run.genes_of(term, table.attrs["folder"]).tolist())
         rows.append({
             "term": term, "name": str(row["term"]), "size": int(row["size"]),
             "hits": int(row["hits"]), "direction": str(row["side"]), "named": bool(row["named"]),
@@ -271,16 +280,18 @@ def gsea(run: Run, i: int, method: str) -> dict[str, Any]:
     table = run.rows(f"gsea_{method}", i, ["term", "es", "nes", "p", "q"])
     if table is None:
         return gone(run, f"gsea/{method}")
+    folder = table.attrs["folder"]
+    ranked = Ranked.of(run, i, method, folder) if f"sets.{folder}.indptr" in run.index else None
     table = table[table["p"].notna()]
     order = np.lexsort((-table["nes"].abs().to_numpy(), table["p"].to_numpy()))[:MOST_TERMS]
-    ranked = Ranked.of(run, i, method) if run.has_sets else None
     rows, curves = [], {}
     for row in table.iloc[order].to_dict("records"):
         term = run.term_number[str(row["term"])]
         told = {"term": term, "name": str(row["term"]), "size": run.size(term), "lead": []}
         rows.append(told | {key: float(row[key]) for key in ("es", "nes", "p", "q")})
-        if ranked is None or (curve := ranked.running_sum(run.genes_of(term))) is None:
+        if ranked is None or (curve := ranked.running_sum(run.genes_of(term, folder))) is None:
             continue
+        rows[-1]["size"] = len(curve["hits"])
         rows[-1]["lead"] = [run.genes[gene] for gene in ranked.leading(curve, row["es"] >= 0)]
         if len(curves) < CURVES:
             curves[str(term)] = curve
@@ -302,10 +313,10 @@ class Ranked:
     ranking: Ranking
 
     @classmethod
-    def of(cls, run: Run, i: int, method: str) -> Ranked | None:
-        """Of a feature; None where its genes have no scores."""
+    def of(cls, run: Run, i: int, method: str, folder: int) -> Ranked | None:
+        """Of a feature, by a folder's table; None where its genes have no scores."""
         column = {"attribution": "attribution", "dge": "log2_fold_change"}[method]
-        table = run.rows(method, i, ["gene", column])
+        table = run.rows(method, i, ["gene", column], folder)
         if table is None:
             return None
         scores = np.nan_to_num(np.round(table[column].to_numpy(np.float64), 9))
@@ -353,23 +364,31 @@ class Ranked:
 
 def deletion(run: Run, i: int) -> dict[str, Any]:
     """What is left of the activation as genes are exchanged, by order of the genes; areas under
-    the curves of deletion and of insertion, as shares of the square."""
-    if "deletion.indptr" not in run.index:
-        return gone(run, "deletion")
-    first, last = run.index["deletion.indptr"][i : i + 2].tolist()
+    the curves of deletion and of insertion, as shares of the square.
+
+    `held_out` has the same on cells that the attribution was not computed on, None where not made.
+    """
+    found, held_out = (_curves(run, i, name) for name in CURVE_FILES)
+    return gone(run, "deletion") if found is None else found | {"held_out": held_out}
+
+
+def _curves(run: Run, i: int, name: str) -> dict[str, Any] | None:
+    names = run.index.meta["curves"][name]
+    first, last = (0, 0) if names is None else run.index[f"{name}.indptr"][i : i + 2].tolist()
     if first == last:
-        return gone(run, "deletion")
-    names = ("kind", "order", "n_genes", "activation")
-    kind, order, n_genes, left = (run.index[f"deletion.{name}"][first:last] for name in names)
-    curves, areas = [], {"deletion": {}, "insertion": {}}
+        return None
+    columns = ("kind", "order", "n_genes", "activation")
+    kind, order, n_genes, left = (run.index[f"{name}.{column}"][first:last] for column in columns)
+    curves: list[dict[str, Any]] = []
+    areas: dict[str, dict[str, float]] = {"deletion": {}, "insertion": {}}
     for k, o in dict.fromkeys(zip(kind.tolist(), order.tolist(), strict=True)):
         some = (kind == k) & (order == o)
         n, y = np.array(n_genes[some]), np.array(left[some])
-        told = (run.index.meta["deletion_kinds"][k], run.index.meta["deletion_orders"][o])
-        curves.append({"kind": told[0], "order": told[1], "n_genes": n, "activation": y})
+        told = {"kind": names["kinds"][k], "order": names["orders"][o]}
+        curves.append({**told, "n_genes": n, "activation": y})
         if n[-1] > n[0]:
             area = np.trapezoid(y.astype(np.float64), n) / (n[-1] - n[0])
-            areas.setdefault(told[0], {})[told[1]] = float(area)
+            areas.setdefault(told["kind"], {})[told["order"]] = float(area)
     return {"curves": curves, "areas": areas["deletion"], "insertion_areas": areas["insertion"]}
 
 

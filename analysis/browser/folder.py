@@ -27,7 +27,8 @@ READ = (
     *(f"{program}.json" for program in PROGRAMS), "features.h5ad", "features.parquet",
     "feature_space.parquet", "top_terms.parquet", "enrichment.parquet", "named.npz",
     "genes.parquet", "nulls.csv", "attribution.parquet", "samples.parquet", "dge.parquet",
-    "gsea_attribution.parquet", "gsea_dge.parquet", "deletion.parquet", "gene_sets.parquet",
+    "gsea_attribution.parquet", "gsea_dge.parquet", "deletion.parquet", "deletion_held_out.parquet",
+    "gene_sets.parquet",
 )  # fmt: skip
 BLOCK = 1 << 20  # entries of a matrix, or rows of a table, that are held at once
 

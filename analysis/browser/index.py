@@ -29,7 +29,7 @@ from analysis import features
 from analysis.browser.folder import BLOCK, Folder
 from sae_jax import InputError, files
 
-VERSION = 1
+VERSION = 3  # of what lies in the folder
 MOST_VALUES = 1000  # a column of text with more values names cells rather than groups of them
 RANGE = 65535  # of coordinates on the wire
 

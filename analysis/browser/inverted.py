@@ -38,6 +38,7 @@ LONG = {
     "gsea_dge": ("term", "es", "nes", "p", "q"),
 }
 MOST_DRIVING, MOST_DIFFERING = 500, 50  # genes of a feature that a gene's page knows of
+CURVES = ("deletion", "deletion_held_out")
 BY = ("enrichment", "attribution", "dge")
 NAMING = ("change", "matched", "fisher")  # the lens ranks terms by the first of these it made
 LEAST_P = 1e-320
@@ -59,7 +60,7 @@ def write(
 
     Returns:
       For meta.json: genes, gene_info, terms, sizes of terms, tables (their names, by folder),
-      orders and kinds of deletion.
+      has_sets, curves (of each file the names of kinds and orders).
     """
     tables: list[dict[str, Rows]] = []
     for i, (folder, own) in enumerate(zip(opened, numbers, strict=True)):
@@ -71,13 +72,13 @@ def write(
                 rows.find(own, n_features)
                 writer.save(f"span.{i}.{name}", rows.span)
                 tables[i][name] = rows
-    sets = [Rows(path) for folder in opened
-            if (path := folder.path / "gene_sets.parquet").exists()]  # fmt: skip
-    for table in sets:
+    sets = {i: Rows(path) for i, folder in enumerate(opened)
+            if (path := folder.path / "gene_sets.parquet").exists()}  # fmt: skip
+    for table in sets.values():
         table.require("term", "gene")
     every = [rows for some in tables for rows in some.values()]
-    genes = _names([*every, *sets], "gene")
-    terms = _names([*every, *sets], "term")
+    genes = _names([*every, *sets.values()], "gene")
+    terms = _names([*every, *sets.values()], "term")
     size = _write_sets(writer, sets, genes, terms)
     _term_sizes(size, every, terms)
     _write_driven(writer, tables, genes, n_features)
@@ -87,7 +88,9 @@ def write(
     return {
         "genes": list(genes), "gene_info": info, "terms": list(terms), "sizes": size.tolist(),
         "tables": [list(some) for some in tables], "has_sets": bool(sets),
-        **_write_deletion(writer, opened, numbers, n_features),
+        "curves": {
+            name: _write_deletion(writer, opened, numbers, n_features, name) for name in CURVES
+        },
     }  # fmt: skip
 
 
@@ -105,27 +108,33 @@ def _names(tables: Sequence[Rows], column: str) -> dict[str, int]:
 
 
 def _write_sets(
-    writer: Writer, sets: Sequence[Rows], genes: Mapping[str, int], terms: Mapping[str, int]
+    writer: Writer,
+    sets: Mapping[int, Rows],
+    genes: Mapping[str, int],
+    terms: Mapping[str, int],
 ) -> np.ndarray:
-    """Membership both ways, of the first folder that has any; sizes of the terms, -1: not known."""
-    pairs = np.empty((0, 2), np.int32)
-    if sets:
-        first = sets[0]
-        found = [part for _, part in first.batches(["term", "gene"])]
-        with reading(first.path):
-            pairs = np.concatenate([
-                np.stack([numbered(part["term"], terms), numbered(part["gene"], genes)], axis=1)
-                for part in found
-            ] or [pairs])  # fmt: skip
-    pairs = np.unique(pairs, axis=0)
+    """Membership by each folder, as it tested it, and by all, both ways; sizes of the terms, -1
+    where not known."""
     shape = (len(terms), len(genes))
-    member = sparse.csr_array((np.ones(len(pairs), bool), tuple(pairs.T)), shape=shape)
-    for name, matrix in {"sets": member, "gene_terms": member.T.tocsr()}.items():
-        matrix.sort_indices()
-        writer.save(f"{name}.indptr", matrix.indptr.astype(np.int64))
-        writer.save(f"{name}.indices", matrix.indices.astype(np.uint32))
+    member = sparse.csr_array(shape, dtype=bool)
+    for i, rows in sets.items():
+        own = sparse.csr_array(shape, dtype=bool)
+        for _, part in rows.batches(["term", "gene"]):
+            with reading(rows.path):
+                pair = (numbered(part["term"], terms), numbered(part["gene"], genes))
+            own = own + sparse.csr_array((np.ones(len(pair[0]), bool), pair), shape=shape)
+        _write_matrix(writer, f"sets.{i}", own)
+        member = member + own
+    _write_matrix(writer, "sets", member)
+    _write_matrix(writer, "gene_terms", member.T.tocsr())
     size = np.diff(member.indptr)
     return np.where(size > 0, size, -1)
+
+
+def _write_matrix(writer: Writer, name: str, matrix: sparse.csr_array) -> None:
+    matrix.sort_indices()
+    writer.save(f"{name}.indptr", matrix.indptr.astype(np.int64))
+    writer.save(f"{name}.indices", matrix.indices.astype(np.uint32))
 
 
 def _term_sizes(size: np.ndarray, tables: Sequence[Rows], terms: Mapping[str, int]) -> None:
@@ -303,11 +312,15 @@ def _of_enrichment(
 
 
 def _write_deletion(
-    writer: Writer, opened: Sequence[Folder], numbers: Sequence[Mapping[str, int]], n_features: int
-) -> dict[str, list[str]]:
-    """Points of curves by feature; names of their kinds and orders."""
+    writer: Writer,
+    opened: Sequence[Folder],
+    numbers: Sequence[Mapping[str, int]],
+    n_features: int,
+    name: str,
+) -> dict[str, list[str]] | None:
+    """Points of the curves in a file by feature; the names of their kinds and orders."""
     for folder, own in zip(opened, numbers, strict=True):
-        path = folder.path / "deletion.parquet"
+        path = folder.path / f"{name}.parquet"
         if not path.exists():
             continue
         with reading(path):
@@ -321,10 +334,9 @@ def _write_deletion(
                 "n_genes": table["n_genes"].to_numpy(np.float32),
                 "activation": table["activation"].to_numpy(np.float32),
             }  # fmt: skip
-            names = {"kinds": kinds.categories.tolist(), "orders": orders.categories.tolist()}
-        _inverted(writer, "deletion", [part], n_features, by="feature")
-        return {"deletion_kinds": names["kinds"], "deletion_orders": names["orders"]}
-    return {"deletion_kinds": [], "deletion_orders": []}
+        _inverted(writer, name, [part], n_features, by="feature")
+        return {"kinds": list(kinds.categories), "orders": list(orders.categories)}
+    return None
 
 
 def _gene_info(path: Path, genes: list[str]) -> list[list[Any] | None]:

@@ -37,7 +37,13 @@ class Run:
 
     PANELS = tuple(absent.RUN)
 
-    def __init__(self, folders: Sequence[Folder], made: Index, fingerprint: str) -> None:
+    def __init__(
+        self,
+        folders: Sequence[Folder],
+        made: Index,
+        fingerprint: str,
+        shown: Sequence[str] | None = None,
+    ) -> None:
         self.folders, self.index, self.fingerprint = tuple(folders), made, fingerprint
         self.memo: dict[str, Any] = {}  # what search and table have worked out
         meta = made.meta
@@ -45,15 +51,21 @@ class Run:
         self.terms: list[str] = meta["terms"]
         self.sizes: list[int] = meta["sizes"]
         self.n_cells: int = meta["n_cells"]
-        shown = list(enumerate(meta["columns"]))
-        self.metadata = [(i, held) for i, held in shown if held["kind"] != "name"]
-        self.identifiers = [(i, held) for i, held in shown if held["kind"] == "name"]
+        names = [held["name"] for held in meta["columns"]]
+        if unknown := [name for name in shown or () if name not in names]:
+            raise InputError(
+                f"the cells have no column {', '.join(unknown)}; there are {', '.join(names)}"
+            )
+        hidden = set() if shown is None else set(names) - set(shown)
+        told = [(i, held) for i, held in enumerate(meta["columns"]) if held["name"] not in hidden]
+        self.metadata = [(i, held) for i, held in told if held["kind"] != "name"]
+        self.identifiers = [(i, held) for i, held in told if held["kind"] == "name"]
         self.maps: list[dict[str, Any]] = meta["maps"]
         self.names, self._numbers = _union(folders)
         places = [np.asarray([own[name] for name in folder.table.index], np.int64)
                   for folder, own in zip(folders, self._numbers, strict=True)]  # fmt: skip
         table = columns.merged(
-            [columns.standard(folder) for folder in folders], places, len(self.names)
+            [columns.standard(folder, hidden) for folder in folders], places, len(self.names)
         )
         self.features = self._completed(table).set_axis(pd.Index(self.names, name="feature"))
         self.columns: list[Column] = columns.describe(self.features)
@@ -65,7 +77,11 @@ class Run:
 
     @classmethod
     def open(
-        cls, folders: Sequence[str | Path], state: str | Path, gene_info: str | Path | None = None
+        cls,
+        folders: Sequence[str | Path],
+        state: str | Path,
+        gene_info: str | Path | None = None,
+        columns: Sequence[str] | None = None,
     ) -> Run:
         """Opens run folders, and makes the index of them unless it is there.
 
@@ -74,10 +90,12 @@ class Run:
             cells and the same dictionary.
           state: a folder of the browser's own, for the index.
           gene_info: NCBI's gene_info, for other names and descriptions of genes.
+          columns: of the cells' metadata that are shown; nothing is told of others, nor of what a
+            program found out about them. None: all.
 
         Raises:
           InputError: folders that are damaged, of other programs, or do not belong together; a
-            state that cannot be written.
+            state that cannot be written; columns that are not there.
         """
         if not folders:
             raise InputError("no run folder is given: name at least one.")
@@ -102,7 +120,7 @@ class Run:
             _write_decoder(writer, opened, taken, n)
             writer.finish(key=key, n_features=n, **meta)
 
-        return cls(opened, index.opened(Path(state) / "index", key, make), fingerprint)
+        return cls(opened, index.opened(Path(state) / "index", key, make), fingerprint, columns)
 
     def close(self) -> None:
         """Lets go of what is held; the run is of no use afterwards."""
@@ -143,14 +161,19 @@ class Run:
         ones = np.ones(len(places[0]), bool)
         return sparse.csr_array((ones, places), shape=(self.n_features, len(self.terms)))
 
-    def rows(self, table: str, feature: int, names: Sequence[str]) -> pd.DataFrame | None:
-        """The rows of a feature in a long table of the first folder that has any; None of none.
+    def rows(
+        self, table: str, feature: int, names: Sequence[str], folder: int | None = None
+    ) -> pd.DataFrame | None:
+        """The rows of a feature in a long table of the first folder that has any, or of one folder;
+        None if there are none.
 
-        `attrs["program"]` of them is the folder's program.
+        `attrs["folder"]` of them is the folder's number.
         """
-        for folder, tables in zip(self.folders, self._tables, strict=True):
-            if table in tables and (found := tables[table].of(feature, names)) is not None:
-                found.attrs["program"] = folder.program
+        for i, tables in enumerate(self._tables):
+            if table not in tables or folder not in (None, i):
+                continue
+            if (found := tables[table].of(feature, names)) is not None:
+                found.attrs["folder"] = i
                 return found
         return None
 
@@ -162,7 +185,8 @@ class Run:
         """Whether the run has a panel of `PANELS`, at least of some features."""
         known = {
             "cells": self.n_cells > 0, "maps": bool(self.maps), "sets": self.has_sets,
-            "decoder": "decoder" in self.index, "deletion": "deletion.indptr" in self.index,
+            "decoder": "decoder" in self.index,
+            "deletion": self.index.meta["curves"]["deletion"] is not None,
             "feature_map": self.feature_map is not None, "terms": self.has("top_terms"),
             "gene_info": self.index.meta["gene_info"] is not None,
             "dge": self.has("dge") or self.has("genes"),
@@ -173,13 +197,14 @@ class Run:
         """Why a panel is not there, of the run or of one feature, and what makes it."""
         return absent.FEATURE[what] if self.there(what) else absent.RUN[what]
 
-    def groups(self, program: str) -> str:
-        """Which cells a program compares for differential expression."""
-        if program == "concepts":
-            return ("Up to 1,000 cells in which the feature is highest, against as many silent "
-                    "cells nearest to them.")  # fmt: skip
-        settings = next(f.settings for f in self.folders if f.program == program)
-        high = settings.get("percentile", 99)
+    def groups(self, folder: int) -> str:
+        """Which cells a folder's program compares for differential expression."""
+        if self.folders[folder].program == "concepts":
+            return (
+                "Up to 1,000 cells in which the feature is highest, against as many silent cells "
+                "nearest to them."
+            )
+        high = self.folders[folder].settings.get("percentile", 99)
         return f"Cells above the {high:g}th percentile of activation, against all silent cells."
 
     def tests(self) -> str:
@@ -211,10 +236,14 @@ class Run:
         """Whether the genes of the terms are known."""
         return bool(self.index.meta["has_sets"])
 
-    def genes_of(self, term: int) -> np.ndarray:
-        """Numbers of a term's genes, rising; none where `has_sets` is False."""
-        first, last = self.index["sets.indptr"][term : term + 2].tolist()
-        return self.index["sets.indices"][first:last]
+    def genes_of(self, term: int, folder: int | None = None) -> np.ndarray:
+        """Numbers of a term's genes, rising, as one folder tested it or by all; none where it is
+        not known."""
+        name = "sets" if folder is None else f"sets.{folder}"
+        if f"{name}.indptr" not in self.index:
+            return np.empty(0, np.uint32)
+        first, last = self.index[f"{name}.indptr"][term : term + 2].tolist()
+        return self.index[f"{name}.indices"][first:last]
 
     def size(self, term: int) -> int | None:
         """How many genes a term has."""
@@ -295,11 +324,13 @@ class Run:
 
     def labels(self) -> list[tuple[int, dict[str, Any], slice]]:
         """Columns of labels: number among `metadata`, what it is, its labels' place in "auroc"."""
+        number = {stored: k for k, (stored, _) in enumerate(self.metadata)}
         found, first = [], 0
-        for number, (_, held) in enumerate(self.metadata):
+        for stored, held in enumerate(self.index.meta["columns"]):
             if held["kind"] == "category":
                 last = first + len(held["categories"])
-                found.append((number, held, slice(first, last)))
+                if stored in number:
+                    found.append((number[stored], held, slice(first, last)))
                 first = last
         return found
 
@@ -326,7 +357,8 @@ class Run:
         """Of all labels of all columns the one that each feature tells best."""
         names = [value for _, held, _ in labels for value in held["categories"]]
         of = [held["name"] for _, held, _ in labels for _ in held["categories"]]
-        areas = np.array(self.index["auroc"], np.float64)
+        own = np.concatenate([np.arange(place.start, place.stop) for _, _, place in labels])
+        areas = self.index["auroc"][:, own].astype(np.float64)
         none = np.isnan(areas).all(axis=1)
         best = np.where(np.isnan(areas), -np.inf, areas).argmax(axis=1)
         return {

@@ -44,13 +44,14 @@ def gene(run: Run, text: str) -> int | None:
     """The one gene of the run that a name means, None for none or several.
 
     The run's own names come first, then current names (symbol, Ensembl, NCBI's number), then
-    aliases; as they are written first, then whatever their case.
+    aliases; all of them as they are written, then whatever their case.
     """
-    text = text.strip()
-    for names in _tiers(run):
-        for wanted in (text, _versionless(text), text.casefold()):
-            if len(found := names.get(wanted, ())) == 1:
-                return next(iter(found))
+    text = _versionless(text.strip())
+    written, folded = _names(run)
+    for tiers, wanted in ((written, text), (folded, text.casefold())):
+        for names in tiers:
+            if found := names.get(wanted):
+                return found[0] if len(found) == 1 else None
     return None
 
 
@@ -118,26 +119,22 @@ def _features(run: Run, low: str, terms: np.ndarray) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def _tiers(run: Run) -> list[dict[str, set[int]]]:
-    """Genes by name: the run's own names, other current names, aliases; each also in small letters,
-    where a name in small letters as such comes first."""
+def _names(run: Run) -> tuple[list[dict[str, list[int]]], list[dict[str, list[int]]]]:
+    """Genes by name, as written and in small letters: by the run's own names, by other current
+    names, by aliases."""
     if "genes" not in run.memo:
-        own, current, aliases = {}, {}, {}
-        for i, name in enumerate(run.genes):
-            _know(own, name, i)
+        written: list[dict[str, list[int]]] = [{}, {}, {}]
+        folded: list[dict[str, list[int]]] = [{}, {}, {}]
+        for i, own in enumerate(run.genes):
             number, symbol, ensembl, _, others = run.gene_info(i)
-            for other in (number, symbol, ensembl):
-                _know(current, other, i)
-            for other in others:
-                _know(aliases, other, i)
-        run.memo["genes"] = [own, current, aliases]
+            for tier, names in enumerate(([own], [number, symbol, ensembl], others)):
+                known = {_versionless(name) for name in names if name}
+                for name in known:
+                    written[tier].setdefault(name, []).append(i)
+                for name in {name.casefold() for name in known}:
+                    folded[tier].setdefault(name, []).append(i)
+        run.memo["genes"] = (written, folded)
     return run.memo["genes"]
-
-
-def _know(names: dict[str, set[int]], name: str | None, gene: int) -> None:
-    if name:
-        for form in {name, _versionless(name), name.casefold()}:
-            names.setdefault(form, set()).add(gene)
 
 
 def _versionless(name: str) -> str:
@@ -148,11 +145,10 @@ def _versionless(name: str) -> str:
 def _genes(run: Run, wanted: str) -> list[dict[str, Any]]:
     """Those that are called so; then those whose name begins so, then those that hold it."""
     low, found = wanted.casefold(), {}
-    for names, why in zip(_tiers(run), ("gene", "gene", "alias"), strict=True):
-        for form in (wanted, _versionless(wanted), low):
-            for i in sorted(names.get(form, ())):
-                told = why if run.genes[i].casefold() == low else f"also called {wanted}"
-                found.setdefault(i, _hit(i, run.genes[i], told))
+    for names in _names(run)[1]:
+        for i in names.get(_versionless(wanted).casefold(), ()):
+            told = "gene" if run.genes[i].casefold() == low else f"also called {wanted}"
+            found.setdefault(i, _hit(i, run.genes[i], told))
     holding = [(name.casefold(), i) for i, name in enumerate(run.genes) if low in name.casefold()]
     holding.sort(key=lambda pair: (not pair[0].startswith(low), len(pair[0]), pair))
     for _, i in holding[:MOST]:

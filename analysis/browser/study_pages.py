@@ -146,7 +146,7 @@ class StudyPages:
     async def enter(self, request: Request) -> Response:
         """A rater's token becomes a cookie."""
         if request.method == "GET":
-            return self._page(request, "study_enter.html")
+            return self._page(request, "study_enter.html", title="Study")
         form = await _form(request)
         safety.check_csrf(request, form.get("csrf"))
         token = form.get("token", "").strip()
@@ -250,8 +250,8 @@ class StudyPages:
             raise HTTPException(422, str(error)) from None
 
     def _page(self, request: Request, template: str, **values: Any) -> Response:
-        values = {"csrf": safety.csrf_token(request), "title": "Study", "page": "study"} | values
-        if "place" in values:
+        values = {"csrf": safety.csrf_token(request), "page": "study"} | values
+        if "place" in values:  # a rater reads the study's title, and not the run's
             values["title"] = values["place"].study.title
         response = self.context.templates.TemplateResponse(request, template, values)
         response.headers["Cache-Control"] = "no-store"

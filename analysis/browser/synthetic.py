@@ -59,6 +59,8 @@ def write(
         size = rng.integers(10, max(11, min(200, n_genes // 4)), n_terms)
         _write_lens(fresh, names, named, genes, terms, size, rng)
         table["kind_text"] = np.where(rng.random(n_features) < 0.2, "local", "global")
+        best = genes[rng.integers(0, n_genes, (n_features, 3))]
+        table["top_genes"] = [", ".join(row) for row in best]
         table["technical"] = rng.random(n_features) < 0.05
         table["replicated_by_direction"] = rng.integers(0, 3, n_features) / 2
         files.write_parquet(fresh / "features.parquet", table.reset_index())

@@ -25,10 +25,10 @@ def query(run: Run, parameters: Mapping[str, str]) -> dict[str, Any]:
     Args:
       parameters: empty ones count as not given.
         sort, desc ("1"): a column; ties by the features' numbers, missing values last either way.
-        page (from 0), size. values: "none" leaves the values out. q: a text that name, label, term
-        or top genes hold. words: texts, separated by commas, one of which a term of the feature
-        holds. lasso: corners "x,y;x,y;..." of a polygon on the feature map, in its coordinates;
-        what lies within by the even-odd rule.
+        page (from 0), size. values: "none" for the numbers of all rows alone. q: a text that name,
+        label, term or top genes hold. words: texts, separated by commas, one of which a term of
+        the feature holds. lasso: corners "x,y;x,y;..." of a polygon on the feature map, in its
+        coordinates; what lies within by the even-odd rule.
         <column>: the value it must have. <column>_min, <column>_max: bounds, both included.
 
     Returns:
@@ -41,7 +41,7 @@ def query(run: Run, parameters: Mapping[str, str]) -> dict[str, Any]:
     given = {name: value for name, value in parameters.items() if value != ""}
     page, size = (_whole(given, name, default) for name, default in (("page", 0), ("size", SIZE)))
     sort, desc = given.pop("sort", None), given.pop("desc", "0") not in ("0", "false")
-    wanted = run.columns if given.pop("values", "all") != "none" else []
+    bare = given.pop("values", "all") == "none"
     keep = np.ones(run.n_features, bool)
     for name, value in given.items():
         keep &= _passing(run, name, value)
@@ -50,8 +50,10 @@ def query(run: Run, parameters: Mapping[str, str]) -> dict[str, Any]:
         place = _ranks(run, sort)[rows].astype(np.int64)
         place = np.where(place < 0, len(run.names), -place if desc else place)
         rows = rows[np.argsort(place, kind="stable")]
+    if bare:
+        return {"total": len(rows), "rows": rows.tolist(), "values": {}}
     shown = rows[page * size : (page + 1) * size]
-    values = {column.name: _values(run, column.name, shown) for column in wanted}
+    values = {column.name: _values(run, column.name, shown) for column in run.columns}
     return {"total": len(rows), "rows": shown.tolist(), "values": values}
 
 
@@ -119,7 +121,7 @@ def _equal(run: Run, name: str, kind: str, value: str) -> np.ndarray:
         if value.lower() not in ("0", "1", "false", "true", "no", "yes"):
             raise InputError(f"{name}={value[:50]!r} must be 1 or 0")
         wanted = value.lower() in ("1", "true", "yes")
-        return values.to_numpy(object) == wanted
+        return values.astype("boolean").eq(wanted).fillna(False).to_numpy(bool)
     return values.to_numpy(object) == value
 
 

@@ -259,3 +259,19 @@ def test_what_has_no_gradients_is_refused(scvi: Any, pbmc: anndata.AnnData) -> N
         )
     with pytest.raises(InputError, match="1 step and 2 concepts"):
         integrated.integrated_gradients(Planted(), Threshold(), CELLS, pairs, steps=0)
+
+
+def test_held_out_prototypes_are_those_after_the_first() -> None:
+    """Pairs of a concept follow one another, a prototype's together; concepts may share one."""
+    concept = np.array([0, 0, 0, 1, 1, 1, 1, 2])
+    prototype = np.array([5, 5, 7, 7, 7, 8, 9, 9])
+    pairs = deletion.Pairs(np.array([4, 6, 9]), concept, prototype, np.arange(8), np.ones(8))
+    later = deletion.held_out(pairs, 1)
+    assert later.concepts.tolist() == [4, 6, 9]
+    assert later.concept.tolist() == [0, 1, 1]
+    assert later.prototype.tolist() == [7, 8, 9]
+    assert later.counterfactual.tolist() == [2, 5, 6]
+    assert deletion.held_out(pairs, 2).prototype.tolist() == [9]
+    assert not len(deletion.held_out(pairs, 3).concept)
+    with pytest.raises(InputError, match="first=0"):
+        deletion.held_out(pairs, 0)

@@ -122,3 +122,60 @@ def test_it_stops_when_little_changes(x: np.ndarray) -> None:
 def test_what_is_refused(x: np.ndarray, changed: dict, said: str) -> None:
     with pytest.raises(InputError, match=said):
         semi_nmf.fit(**({"x": x, "n_components": 3} | changed))
+
+
+def pursued(row: np.ndarray, f: np.ndarray, k: int) -> np.ndarray:
+    """Non-negative matching pursuit of one row, solved by SciPy after each step."""
+    chosen: list[int] = []
+    z = np.zeros(len(f))
+    for _ in range(k):
+        gain = (row - z @ f) @ (f / np.linalg.norm(f, axis=1, keepdims=True)).T
+        gain[chosen] = -np.inf
+        chosen.append(int(gain.argmax()))
+        z = np.zeros(len(f))
+        z[chosen] = nnls(f[chosen].T, row)[0]
+    return z
+
+
+def test_sparse_codes_are_those_of_matching_pursuit(x: np.ndarray) -> None:
+    rng = np.random.default_rng(3)
+    f = rng.normal(size=(15, 6))
+    fitted = semi_nmf.SemiNMF(f.astype(np.float32), np.zeros(1), True, 1, k=3)
+    z = fitted.encode(x.astype(np.float32))
+    wanted = np.stack([pursued(row, f, 3) for row in x])
+    assert (z > 0).sum(axis=1).max() == 3
+    errors, best = (np.square(x - codes @ f).sum(axis=1) for codes in (z, wanted))
+    assert np.abs(errors - best).max() < 0.005 * np.square(x).sum(axis=1).mean()
+    same = ((z > 0) == (wanted > 0)).all(axis=1)
+    assert same.mean() > 0.9
+    np.testing.assert_allclose(z[same], wanted[same], atol=0.06)  # of some 2
+    np.testing.assert_array_equal(fitted.encode(x[::-1].astype(np.float32))[::-1], z)
+    np.testing.assert_array_equal(fitted.encode(x.astype(np.float32), sparse=True).toarray(), z)
+
+
+def test_a_sparse_factorisation_finds_rows_that_are_sparse() -> None:
+    rng = np.random.default_rng(1)
+    planted = np.zeros((120, 10))
+    for row in planted:
+        row[rng.permutation(10)[:2]] = rng.uniform(0.5, 2, 2)
+    x = (planted @ rng.normal(size=(10, 8))).astype(np.float32)
+    found = semi_nmf.fit_sparse(x, 10, 2, iterations=40, seed=0)
+    z = found.encode(x)
+    assert ((z > 0).sum(axis=1) <= 2).all()
+    assert (z >= 0).all()
+    error = np.square(x - found.decode(z)).sum()
+    assert error == pytest.approx(found.objective.min(), rel=1e-4)
+    assert 1 - error / np.square(x - x.mean(axis=0)).sum() > 0.9
+    one = semi_nmf.fit_sparse(x, 10, 1, iterations=5)
+    assert one.objective.min() > 2 * found.objective.min()
+    assert ((z > 0).sum(axis=0) > 0).all()  # none is left unused
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [({"k": 0}, "k=0 must lie in 1 .. 4"), ({"k": 5}, "k=5 must lie"),
+     ({"n_components": 71}, "n_components=71"), ({"iterations": 0}, "iterations=0")],
+)  # fmt: skip
+def test_what_a_sparse_fit_refuses(x: np.ndarray, changed: dict, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        semi_nmf.fit_sparse(**({"x": x, "n_components": 4, "k": 2} | changed))

@@ -9,7 +9,7 @@ from scipy import sparse, stats
 
 from analysis import baselines, nulls, stability
 from sae_jax.errors import InputError
-from tests.analysis.stability_cases import N, X, alike, core_of, dictionary, directions
+from tests.analysis.stability_cases import D, N, X, alike, core_of, dictionary, directions
 
 
 @pytest.mark.parametrize("one_to_one", [True, False])

@@ -1,5 +1,8 @@
 """The study of concepts as a program, on a real model and a few of its real cells."""
 
+import dataclasses
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +12,16 @@ import pandas as pd
 import pytest
 from absl import flags
 from absl.testing import flagsaver
+from scipy import sparse
 
 import extract
 import sae_jax
-from analysis import attribution
-from experiments import concepts, concepts_page, concepts_study
-from sae_jax import InputError
+from analysis import attribution, stability
+from analysis.counterfactuals import Pairs
+from analysis.neurons import Neurons
+from experiments import concepts, concepts_learned, concepts_page, concepts_study
+from sae_jax import InputError, data
+from tests.experiments import quick
 
 SMALL = {
     "labels": ["subpop"], "n_latents": ["30"], "seeds": ["0", "1"], "epochs": 60, "most": 4,
@@ -34,6 +41,15 @@ def launch(**settings: Any) -> Path:
             setattr(flags.FLAGS, name, value)
         concepts.main()
     return Path(settings["workdir"])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        quick.use(patch)
+        patch.setattr(concepts_learned, "CAUSAL_CELLS", 50)
+        patch.setattr(concepts_learned, "DRAWS", 5)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +75,8 @@ def finished(settings: dict[str, Any]) -> Path:
 
 
 def test_what_is_left_agrees(finished: Path, settings: dict[str, Any]) -> None:
-    assert {path.name for path in finished.iterdir()} >= set(concepts.FILES) - {"scvi"}
+    there = {path.name for path in finished.iterdir()}
+    assert there >= set(concepts.FILES) - {"scvi", "consensus"}
     adata = anndata.read_h5ad(settings["h5ad"])
     model = extract.load_model("scvi", settings["checkpoint"])
     x = model.embed(adata)["latent"]
@@ -115,7 +132,130 @@ def test_what_is_left_agrees(finished: Path, settings: dict[str, Any]) -> None:
     assert left["attribution"][0] == pytest.approx(1)
     page = (finished / "report.html").read_text()
     assert page.count("<h2") == 9
-    assert page.count("<img") == 6
+    assert page.count("<img") == 7
+    few = (concepts_of["n_active"] < 10).sum()
+    assert f"{few} of the {len(concepts_of)} live concepts are active in fewer than 10" in page
+    assert "those tested are cells that no dictionary" in page
+    assert methods.loc[("subpop", "semi-NMF (30), 1 a cell"), "l0"] <= 1
+
+
+def test_what_a_browser_reads(finished: Path, settings: dict[str, Any]) -> None:
+    adata = anndata.read_h5ad(settings["h5ad"])
+    found = anndata.read_h5ad(finished / "features.h5ad")
+    table = pd.read_parquet(finished / "features.parquet").set_index("feature")
+    assert found.obs_names.tolist() == adata.obs_names.tolist()
+    assert found.obs.columns[0] == "subpop"
+    assert found.var_names.tolist() == table.index.tolist()
+    pd.testing.assert_series_equal(
+        found.var["subpop:auroc"], table["subpop:auroc"], check_names=False
+    )
+    assert found.var["top_genes"].isna().sum() == table["n_important"].isna().sum() > 0
+    x = np.load(finished / "embedding.npy")
+    dictionary = sae_jax.Dictionary.load(finished / "dictionary")
+    coders = {"concept": dictionary, "neuron": Neurons.of(x)}
+    for kind, coder in coders.items():
+        own = found.var["kind"] == kind
+        latents = found.var.loc[own, "latent"]
+        np.testing.assert_allclose(
+            found[:, own].X.toarray(), coder.encode(x)[:, latents], rtol=1e-6
+        )
+        np.testing.assert_allclose(
+            found.varm["decoder"][own], stability.directions(coder)[latents], rtol=1e-6
+        )
+    assert found.obsm["X_umap"].shape == (adata.n_obs, 2)
+    about = json.loads(found.uns["about"])
+    assert about["n_latents"] == 30
+    assert about["r2"] == pytest.approx(
+        1 - ((x - dictionary.decode(dictionary.encode(x))) ** 2).sum()
+        / ((x - x.mean(axis=0)) ** 2).sum(), abs=1e-4,
+    )  # fmt: skip
+    assert about["n_live"] == (table["kind"] == "concept").sum()
+    named = table[(table["kind"] == "concept") & (table["attribution:least_q"] <= 0.05)]
+    assert about["n_named"] == len(named)
+    assert json.loads(found.uns["concepts"])["most"] == SMALL["most"]
+
+    # The mean of the single samples is the attribution.
+    samples = pd.read_parquet(finished / "samples.parquet")
+    means = pd.read_parquet(finished / "attribution.parquet").set_index(["feature", "gene"])
+    first = samples[samples["feature"] == samples["feature"].iloc[0]]
+    n_pairs = len(first[["prototype", "counterfactual"]].drop_duplicates())
+    for name, gene in list(zip(first["feature"], first["gene"], strict=True))[::50]:
+        total = first.loc[first["gene"] == gene, "attribution"].sum() / n_pairs
+        assert total == pytest.approx(means.loc[(name, gene), "attribution"], abs=1e-6)
+    column = found.var_names.get_loc(first["feature"].iloc[0])
+    codes = found.X[:, column].toarray().ravel()
+    assert set(first["prototype"]) <= set(np.argsort(-codes, kind="stable")[:3])
+    assert (codes[first["counterfactual"].unique()] == 0).all()
+    sets = pd.read_parquet(finished / "gene_sets.parquet")
+    lines = Path(settings["gene_sets"]).read_text().split("\n")
+    assert sets["term"].nunique() == 40
+    for line in lines[:2]:
+        name, _, *genes = line.split("\t")
+        assert set(sets.loc[sets["term"] == name, "gene"]) <= set(genes)
+
+
+def test_held_out_prototypes_are_the_next_ones(finished: Path) -> None:
+    curves = pd.read_parquet(finished / "deletion_held_out.parquet")
+    found = anndata.read_h5ad(finished / "features.h5ad")
+    for latent in curves["concept"].unique():
+        active = (found[:, f"concept_{latent}"].X > 0).sum()
+        assert active > SMALL["prototypes"]
+    inside = pd.read_parquet(finished / "deletion.parquet")
+    assert set(curves["concept"]) < set(inside["concept"])
+    assert (curves.query("n_genes == 0 and kind == 'deletion'")["activation"] == 1).all()
+
+
+def test_tested_cells_are_unseen_where_there_are_enough() -> None:
+    rng = np.random.default_rng(0)
+    labels = pd.Series(rng.permutation(["a"] * 200 + ["b"] * 300 + ["c"] * 5)).astype("category")
+    _, held_out = data.split(505, 0.2, 0)
+    found = concepts_learned.cells_of(labels, 6000, 30, held_out=held_out, seed=1)
+    split, names = found.split, labels.to_numpy()
+    assert found.unseen
+    assert set(split.test) <= set(held_out)
+    assert not set(split.train) & set(held_out)
+    for cells, n in ((split.test, split.n_test), (split.train, split.n_train)):
+        assert pd.Series(names[cells]).value_counts().to_dict() == {"a": n, "b": n}
+    assert split.n_test == min(30, (names[held_out] == "a").sum())
+    assert split.left_out.to_dict() == {"c": 5}
+    few = concepts_learned.cells_of(labels, 50, 30, held_out=held_out[:20], seed=1)
+    assert not few.unseen
+    assert few.split.n_test == 30
+    assert set(few.split.test) - set(held_out)
+
+
+def test_single_samples_are_those_of_the_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.array([[0.0, 1, -3, 0.5], [0, 0, 2, 0], [4, 0.1, 0, 0.2]])
+    pairs = Pairs(
+        np.array([3, 7]), np.array([0, 0, 1]), np.array([9, 8, 9]), np.array([1, 2, 1]), np.ones(3)
+    )
+    found = attribution.Attribution(
+        np.zeros((2, 4)), list("abcd"), pairs, sparse.csr_array(values), attribution.Forwards()
+    )
+    genes = np.array(["D", "C", "A"], object)  # some of them, in another order
+    monkeypatch.setattr(concepts_study, "SAMPLED", 1)
+    table = concepts_study.single_samples(found, np.array([3, 2, 0]), ["p", "q"], genes)
+    assert table.to_numpy().tolist() == [["p", 9, 1, "C", -3.0], ["p", 8, 2, "C", 2.0],
+                                         ["q", 9, 1, "A", 4.0]]  # fmt: skip
+    monkeypatch.setattr(concepts_study, "SAMPLED", 9)
+    every = concepts_study.single_samples(found, np.array([3, 2, 0]), ["p", "q"], genes)
+    assert len(every) == 5
+    assert (every["attribution"] != 0).all()
+
+
+def test_few_cells_are_counted_beside_the_shares() -> None:
+    table = pd.DataFrame(
+        {"attribution:p": [1e-6, 0.5, np.nan], "attribution:strength": ["strong", "none", None],
+         "attribution:least_q": [0.01, 0.9, np.nan], "n_active": [9, 10, 1]}
+    )  # fmt: skip
+    row = concepts_study.strengths({"all": (table, "attribution")}, {"attribution": 3}).loc["all"]
+    assert row[["n", "few_cells", "untested", "q"]].tolist() == [2, 1, 1, 0.5]
+
+
+def test_the_page_of_a_run_without_held_out_prototypes_says_so(finished: Path) -> None:
+    empty = pd.read_parquet(finished / "deletion_held_out.parquet").iloc[:0]
+    found = dataclasses.make_dataclass("Found", ["held_out"])(empty)
+    assert "No concept has as many" in concepts_page._held_out(found, {}, 3)[0]
 
 
 def test_a_run_goes_on(
@@ -126,14 +266,16 @@ def test_a_run_goes_on(
     monkeypatch.setattr(concepts_page, "draw", lambda *_: dict.fromkeys(FIGURES, pixel(finished)))
     launch(**settings, resume=True)
     again = {path for path, time in kept.items() if path.stat().st_mtime_ns != time}
-    assert {path.name for path in again} == {"gsea_dge.parquet", "features.parquet"}
+    written = {"gsea_dge.parquet", "features.parquet", "gene_sets.parquet"}
+    assert {path.name for path in again} == written
     with pytest.raises(InputError, match="run of other settings"):
         launch(**settings | {"permutations": 61}, resume=True)
     with pytest.raises(InputError, match="earlier run"):
         launch(**settings)
 
 
-FIGURES = ("cells", "attributed", "strengths", "deletion", "confusion", "replication")
+FIGURES = ("cells", "attributed", "strengths", "deletion", "confusion", "replication",
+           "deletion_held_out")  # fmt: skip
 
 
 def pixel(folder: Path) -> Path:

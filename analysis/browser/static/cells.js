@@ -119,7 +119,7 @@
     }
     function told(row) {
       metadata();
-      const lines = [["cell", row]];
+      const lines = [["cell", String(row)]];
       if (activation) lines.push(["activation", value.get(row) ?? "none"]);
       for (const each of tips) if (each) lines.push([each.name, valueOf(each, row) ?? "missing"]);
       return lines;

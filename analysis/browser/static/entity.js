@@ -27,7 +27,36 @@
       element("h2", {}, title), note ? element("p", { class: "note" }, note) : null, place,
     ]));
     if (options.missing) place.append(SAE.absent(options.missing));
-    else SAE.table(place, shown, rows || [], { descending: true, page: 20, caption: title, ...options });
+    else if (kinds && shown.includes(columns.feature)) place.append(...byKind(shown, rows, { ...LIST, caption: title, ...options }));
+    else SAE.table(place, shown, rows, { ...LIST, caption: title, ...options });
+  }
+
+  // Neurons, which concepts are compared with, are dense and fill every list: they are asked for.
+  const LIST = { descending: true, page: 20 };
+  let kinds = null;
+  function byKind(shown, rows, options) {
+    const place = element("div");
+    const select = element("select", {}, [["concept", "concepts"], ["neuron", "neurons"], ["", "both"]].map(
+      ([value, text]) => element("option", { value, selected: value === SAE.state.get("kind", "concept") }, text),
+    ));
+    const show = () => {
+      const some = rows.filter((row) => !select.value || kinds[row.feature] === select.value);
+      const empty = rows.length ? `None, but ${rows.length} of the other kind.` : options.empty;
+      SAE.table(place, shown, some, { ...options, empty });
+    };
+    select.addEventListener("change", () => {
+      SAE.state.set({ kind: select.value });
+      show();
+    });
+    show();
+    return [element("div", { class: "tools" }, element("label", {}, ["Show", select])), place];
+  }
+
+  /** The kind of every feature; null where there is but one. */
+  async function kindsOf() {
+    const about = await SAE.load("about");
+    if (Object.keys(about.kinds).length < 2) return null;
+    return SAE.values(await SAE.load("features"), "kind");
   }
 
   const drawn = {
@@ -52,20 +81,23 @@
     term(found, content) {
       entitle(found.name, "term");
       content.append(facts({ Id: found.id, Genes: found.size }));
-      list("Features that it names", "", [
-        columns.feature, columns.log10("log10_q", "q"), columns.number("auc", "AUC"), { name: "direction", title: "Direction" }, columns.label,
+      list("Features that it names", "By the lens' tests or, as the table says, by GSEA of attributions or of differential expression.", [
+        columns.feature, columns.log10("log10_q", "q"), columns.number("auc", "AUC"), columns.number("nes", "NES"), { name: "direction", title: "Direction" },
+        { name: "by", title: "By" }, columns.label,
       ], found.features, { sort: "log10_q", file: "term_features", empty: "It names no feature." });
       list("Genes", "", [columns.gene, columns.abroad], found.genes, { missing: found.missing.genes, sort: "name", descending: false, file: "term_genes" });
     },
     label(found, content) {
       entitle(found.value, found.column);
       content.append(facts({ Cells: found.n_cells }));
-      list("Features that mark it", "The first tell its cells best from all others (AUROC 0.5: not at all, 1: perfectly).", [
+      list("Features that mark it", "The first tell its cells best from all others (AUROC 0.5: not at all, 1: perfectly). Marked: at least 70 % of at least 100 active cells have this label.", [
         columns.feature, columns.number("auroc", "AUROC"),
         columns.share("share", "Of the active cells", "of the cells in which the feature is active, the share with this label"),
         columns.share("of_label", "Of the label's cells", "of the cells with this label, the share in which the feature is active"),
-        columns.number("n_active", "Active cells"),
-      ], found.features, { sort: "auroc", wide: true, file: "label_features", mark: (row) => row.share >= 0.7 && row.n_active >= 100 });
+        columns.number("n_active", "Active of them", "cells with this label in which the feature is active"),
+      ], found.features, {
+        sort: "auroc", wide: true, file: "label_features", mark: (row) => row.share >= 0.7 && row.n_active / row.share >= 100,
+      });
     },
     cell(found, content) {
       entitle(found.name, "cell");
@@ -77,6 +109,10 @@
     },
   };
 
-  SAE.fill(head, () => SAE.load(SAE.subject()), drawn[kind]);
+  SAE.fill(head, () => Promise.all([SAE.load(SAE.subject()), kindsOf()]), ([found, known], content) => {
+    kinds = known;
+    lists.replaceChildren();
+    drawn[kind](found, content);
+  });
   SAE.keys({ r: [() => location.assign(SAE.live ? `${document.body.dataset.base}/random` : SAE.link.overview()), "random annotated feature"] });
 })();

@@ -54,10 +54,10 @@
     const { summary } = page;
     const known = (key) => summary[key] !== null && summary[key] !== undefined && summary[key] !== "";
     const parts = [
-      known("label") ? ["Best label: ", element("strong", {}, summary.label), known("auroc") ? ` (AUROC ${number(summary.auroc)})` : "", ". "] : [],
-      known("term") ? ["Best term: ", element("strong", {}, summary.term), known("term_q") ? ` (q ${SAE.small(summary.term_q)})` : "", ". "] : ["No term names it. "],
-      known("top_genes") ? ["Top genes: ", element("strong", {}, String(summary.top_genes).split(/,\s*/).slice(0, 8).join(", ")), "."] : [],
-    ];
+      known("label") ? ["Best label", element("strong", {}, labelled(page)), known("auroc") ? `AUROC ${number(summary.auroc)}` : ""] : [],
+      known("term") ? ["Best term", element("strong", {}, summary.term), known("term_q") ? `q ${SAE.small(summary.term_q)}` : ""] : ["Best term", "none names it", ""],
+      known("top_genes") ? ["Top genes", element("strong", {}, String(summary.top_genes).split(/,\s*/).slice(0, 8).join(", ")), ""] : [],
+    ].filter((part) => part.length);
     const named = new Set(["label", "auroc", "term", "term_q", "top_genes", "name", "kind"]);
     const shown = about.table_columns.filter((each) => known(each.name) && !named.has(each.name));
     const first = ["n_active", "density", "scope", "replication", "replicated", "technical"];
@@ -70,17 +70,30 @@
     const main = shown.filter((each) => first.includes(each.name));
     const rest = shown.filter((each) => !first.includes(each.name));
     content.append(
-      element("p", { class: "lead" }, parts.flat()),
+      element("dl", { class: "lead" }, parts.flatMap(([what, value, told]) => [
+        element("dt", {}, what), element("dd", {}, [value, " ", element("span", { class: "note" }, told)]),
+      ])),
       element("dl", { class: "facts" }, main.map(fact)),
       rest.length ? element("details", {}, [element("summary", {}, "More numbers"), element("dl", { class: "facts" }, rest.map(fact))]) : "",
     );
     steps(page);
   });
 
+  /** The best label, as a link to its page where the page's own tables have it. */
+  function labelled({ summary, labels }) {
+    for (const group of labels) {
+      const row = group.rows.find((each) => each.value === summary.label);
+      if (row && (!summary.label_column || summary.label_column === group.column)) {
+        return element("a", { href: SAE.link.label(group.column_index, row.value_index) }, summary.label);
+      }
+    }
+    return summary.label;
+  }
+
   async function steps(page) {
-    const { names } = await SAE.load("features");
-    const there = (i) => (i === null ? null : { feature: i, name: names[i] });
-    const [previous, next] = [there(page.previous), there(page.next)];
+    // Of a number alone the name is in the table of all features.
+    const there = async (other) => (typeof other === "number" ? { feature: other, name: (await SAE.load("features")).names[other] } : other);
+    const [previous, next] = [await there(page.previous), await there(page.next)];
     const step = (other, text, key) => other
       ? element("a", { href: address(other), title: `${other.name} (key ${key})`, rel: key === "n" ? "next" : "prev" }, text)
       : null;
@@ -132,8 +145,7 @@
         { name: "value", title: "Label", render: (value, row) => element("a", { href: SAE.link.label(group.column_index, row.value_index) }, value) },
         columns.share("share", "Of the active cells", "of the cells in which the feature is active, the share with this label"),
         columns.share("of_label", "Of the label's cells", "of the cells with this label, the share in which the feature is active"),
-        columns.number("n_active", "Active", "cells with this label in which the feature is active"),
-        columns.number("n_cells", "Cells", "cells with this label"),
+        { ...columns.number("n_active", "Cells", "cells with this label in which the feature is active, of all with it"), text: (n, row) => `${number(n)} / ${number(row.n_cells)}` },
       ], group.rows, {
         sort: "share", descending: true, page: 8, file: `${name}_${group.column}`, caption: `${group.column}: shares`,
         mark: (row) => row.marked, empty: "No cell is active.",
@@ -195,12 +207,13 @@
         csv: () => [["gene", "attribution", "description"], rows.map((row) => [row.name, row.value, row.description])],
       }).catch((error) => plot.append(element("p", { class: "failed" }, error.message)));
       SAE.table(list, [
-        columns.gene, columns.number("value", "Attribution"), { name: "description", title: "Description" }, columns.abroad,
+        columns.gene, columns.number("value", "Attribution"),
+        { name: "description", title: "What it is", long: true, render: (text, row) => element("div", {}, [text ? element("div", {}, text) : null, SAE.abroad(row.name)]) },
       ], rows, { sort: "value", descending: true, page: 10, caption: "Genes by attribution", empty: "No gene contributes." });
     };
     content.append(
       element("div", { class: "tools" }, [
-        samples ? choice("Of", "sample", [["average", `the average of ${number(pairs.length)} samples`], ...pairs], show)
+        samples ? choice("Show", "sample", [["average", `the average of ${number(pairs.length)} samples`], ...pairs], show)
           : element("span", { class: "note" }, "The average; single samples were not kept."),
         choice("Genes", "end", [["high", "raise it most"], ["low", "lower it most"]], show),
       ]),
@@ -224,11 +237,12 @@
     const drawn = rows.filter((row) => Number.isFinite(row.change) && Number.isFinite(row.log10_p));
     const side = (row) => (row.log10_p < limit ? 2 : row.change > 0 ? 0 : 1);
     content.append(element("p", { class: "note" }, [
-      found.told ? `${found.told} ` : "", found.complete ? "" : `Only the ${number(rows.length)} genes with the largest |t| of ${number(found.n_genes)} were kept. `,
+      found.told ? `${found.told} ` : "", found.complete ? "" : `Only the ${number(rows.length)} genes with the largest |t| were kept. `,
+      found.n_untested ? `${number(found.n_untested)} genes that never vary are not tested.` : "",
     ]));
     const volcano = element("div");
     const list = element("div");
-    content.append(element("div", { class: "split" }, [volcano, list]));
+    content.append(element("div", { class: "halves" }, [volcano, list]));
     if (drawn.length) {
       const x = SAE.points.quantise(drawn.map((row) => row.change));
       const y = SAE.points.quantise(drawn.map((row) => row.log10_p));
@@ -292,7 +306,7 @@
       if (now.absent) return place.append(SAE.absent(now.absent));
       const curve = element("div", { class: "curve" });
       const list = element("div");
-      place.append(element("div", { class: "split" }, [list, curve]));
+      place.append(element("div", { class: "halves" }, [list, curve]));
       const drawn = Object.keys(now.curves);
       const draw = (term) => {
         const row = now.rows.find((each) => String(each.term) === String(term));
@@ -309,18 +323,19 @@
         }).catch((error) => drawing.append(element("p", { class: "failed" }, error.message)));
         if (row.lead?.length) curve.append(element("p", { class: "note" }, `Leading edge: ${row.lead.slice(0, 30).join(", ")}${row.lead.length > 30 ? " …" : ""}`));
       };
+      const curveColumn = {
+        name: "curve", title: "Curve", csv: false, value: (row) => (String(row.term) in now.curves ? "curve" : ""),
+        render: (value, row) => (value ? element("button", {
+          type: "button", class: "small", onclick: () => {
+            state.set({ curve: row.term });
+            draw(row.term);
+          },
+        }, "show") : ""),
+      };
       SAE.table(list, [
         columns.term, columns.number("nes", "NES", "normalised enrichment score"), columns.number("es", "ES"),
         columns.small("p", "p"), columns.small("q", "q"), columns.number("size", "Genes"),
-        {
-          name: "curve", title: "Curve", value: (row) => (String(row.term) in now.curves ? "curve" : ""),
-          render: (value, row) => (value ? element("button", {
-            type: "button", onclick: () => {
-              state.set({ curve: row.term });
-              draw(row.term);
-            },
-          }, "show") : ""),
-        },
+        ...(drawn.length ? [curveColumn] : []),
       ], now.rows, {
         sort: state.get("gsea_sort", "q"), descending: state.get("gsea_down") !== null, page: 10, file: `${name}_gsea_${by}`,
         caption: `GSEA by ${by}`, onsort: (sort, descending) => state.set({ gsea_sort: sort, gsea_down: descending ? "1" : null }),
@@ -340,33 +355,41 @@
     show();
   });
 
-  lazily("deletion", document_("deletion"), ({ curves, areas }, content) => {
-    const kinds = [...new Set(curves.map((curve) => curve.kind))];
+  lazily("deletion", document_("deletion"), (found, content) => {
     const place = element("div");
     const show = () => {
-      const kind = state.get("deletion", kinds[0]);
-      const shown = curves.filter((curve) => curve.kind === kind);
-      place.replaceChildren();
-      SAE.plots.curves(place, shown.map((curve) => ({ name: curve.order, x: curve.n_genes, y: curve.activation })), {
-        label: `Deletion curves of ${name}`, name: `${name}_deletion`, height: 300, x: "genes deleted", y: "activation left",
-      }).catch((error) => place.append(element("p", { class: "failed" }, error.message)));
+      const { curves, areas, insertion_areas: inserted } = state.get("curve_of") === "held" && found.held_out ? found.held_out : found;
+      const kind = state.get("deletion", "deletion");
+      const shown = curves.filter((each) => each.kind === kind);
+      const told = Object.entries((kind === "deletion" ? areas : inserted) || {}).map(([order, area]) => `${order} ${number(area)}`).join(", ");
+      const drawing = element("div");
+      place.replaceChildren(drawing, told ? element("p", { class: "note" }, `Area under the curve (${kind === "deletion" ? "less" : "more"}: the first genes matter more): ${told}.`) : "");
+      SAE.plots.curves(drawing, shown.map((each) => ({ name: each.order, x: each.n_genes, y: each.activation })), {
+        label: `Curves of ${kind}, ${name}`, name: `${name}_${kind}`, height: 300, x: "genes exchanged", y: "share of the activation",
+      }).catch((error) => drawing.append(element("p", { class: "failed" }, error.message)));
     };
-    if (kinds.length > 1) content.append(element("div", { class: "tools" }, choice("Genes are", "deletion", kinds.map((kind) => [kind, kind]), show)));
-    content.append(place);
-    const told = Object.entries(areas || {}).map(([order, area]) => `${order} ${number(area)}`).join(", ");
-    if (told) content.append(element("p", { class: "note" }, `Area under the curve (less: the genes matter more): ${told}.`));
+    content.append(
+      element("div", { class: "tools" }, [
+        choice("Curve of", "deletion", [...new Set(found.curves.map((each) => each.kind))].map((kind) => [kind, kind]), show),
+        found.held_out ? choice("on", "curve_of", [["own", "the attributed cells"], ["held", "other cells"]], show) : null,
+      ]),
+      place,
+    );
     show();
   });
 
-  lazily("nearest", document_("page"), (page, content) => {
-    const list = (title, rows, value, description) => {
+  lazily("nearest", () => Promise.all([SAE.load(`${subject}/page`), SAE.load("about")]), ([page, about], content) => {
+    const halves = element("div", { class: "halves" });
+    content.append(halves);
+    const list = (title, rows, needs, value, description) => {
       const place = element("div");
-      content.append(element("h3", {}, title), place);
-      SAE.table(place, [columns.feature, columns.number("value", value, description), columns.label], rows, {
-        sort: "value", descending: true, page: 10, caption: title, file: `${name}_nearest`, empty: "None is known.",
+      halves.append(element("div", {}, [element("h3", {}, title), place]));
+      if (!rows.length && about.panels[needs]) return place.append(SAE.absent(about.panels[needs]));
+      return SAE.table(place, [columns.feature, columns.number("value", value, description), columns.label], rows, {
+        sort: "value", descending: true, page: 10, caption: title, file: `${name}_nearest`, empty: "No other feature is like it.",
       });
     };
-    list("By decoder", page.nearest_decoder, "Cosine", "cosine similarity of the decoder's directions");
-    list("By activation", page.nearest_activation, "Similarity", "similarity of the activations over the cells");
+    list("By decoder", page.nearest_decoder, "decoder", "Cosine", "cosine similarity of the decoder's directions");
+    list("By activation", page.nearest_activation, "cells", "Correlation", "Pearson correlation of the activations over all cells");
   });
 })();

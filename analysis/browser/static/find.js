@@ -14,7 +14,7 @@
     labels: (hit) => SAE.link.label(...hit.index),
     cells: (hit) => SAE.link.cell(hit.index),
   };
-  const titles = { features: "Features", genes: "Genes", terms: "Terms", labels: "Labels", cells: "Cells" };
+  const titles = { labels: "Labels", features: "Features", genes: "Genes", terms: "Terms", cells: "Cells" };
 
   /** Hits by kind: of the server, or of the names in an export. */
   SAE.find = async function (text) {
@@ -100,7 +100,8 @@
     let chosen = options().find((each) => each.getAttribute("aria-selected") === "true");
     if (!chosen) {
       await ask();
-      chosen = options()[0];
+      const called = (each) => each.firstChild.textContent.toLowerCase() === input.value.trim().toLowerCase();
+      chosen = options().find(called) || options()[0];
     }
     if (chosen) location.assign(chosen.href);
   });

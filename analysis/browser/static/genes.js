@@ -25,10 +25,10 @@
   SAE.columns = {
     feature: { name: "name", title: "Feature", render: (name, row) => link(SAE.link.feature(row.feature, name), name) },
     gene: { name: "name", title: "Gene", render: (name, row) => link(SAE.link.gene(row.gene, name), name, { title: row.description || null }) },
-    term: { name: "name", title: "Term", render: (name, row) => link(SAE.link.term(row.term), name) },
+    term: { name: "name", title: "Term", long: true, render: (name, row) => link(SAE.link.term(row.term), name) },
     cell: { name: "name", title: "Cell", render: (name, row) => link(SAE.link.cell(row.cell), name) },
     label: { name: "label", title: "Best label" },
-    abroad: { name: "links", title: "Elsewhere", value: () => null, render: (_, row) => SAE.abroad(row.name) },
+    abroad: { name: "links", title: "Elsewhere", csv: false, value: () => null, render: (_, row) => SAE.abroad(row.name) },
     /** A number. */
     number: (name, title, description) => ({ name, title, description, kind: "number" }),
     /** A p or q value. */
@@ -44,7 +44,7 @@
         if (value === null || Number.isNaN(value)) return "–";
         const bar = SAE.element("span", { class: "share-bar", "aria-hidden": "true" }, SAE.element("span"));
         bar.firstChild.style.width = `${100 * Math.min(1, Math.max(0, value))}%`;
-        return SAE.element("span", { class: "share" }, [bar, `${SAE.number(100 * value, 3)} %`]);
+        return SAE.element("span", { class: "share" }, [bar, SAE.element("span", { class: "percent" }, `${(100 * value).toFixed(1)} %`)]);
       },
     }),
   };

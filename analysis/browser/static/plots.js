@@ -94,7 +94,7 @@
       layout: () => ({
         bargap: 0.25,
         xaxis: axis({ title: options.x, zeroline: true }),
-        yaxis: axis({ tickvals: place, ticktext: upward.map((row) => plain(row.name)), showgrid: false }),
+        yaxis: axis({ tickvals: place, ticktext: upward.map((row) => plain(row.name)), showgrid: false, zeroline: false }),
       }),
       onclick: options.onpick ? (point) => options.onpick(upward[point.pointIndex]) : null,
     });

@@ -185,7 +185,8 @@
 
     function radius() {
       const [width, height] = inner();
-      const base = Math.min(3, Math.max(0.9, 0.3 * Math.sqrt((width * height) / Math.max(1, x.length))));
+      const least = axes && x.length < 50000 ? 1.7 : 0.9; // a volcano's few outliers must be seen
+      const base = Math.min(3, Math.max(least, 0.3 * Math.sqrt((width * height) / Math.max(1, x.length))));
       return Math.min(7, base * view.zoom ** 0.35);
     }
     const topRadius = () => (top ? 1.3 * radius() + 0.5 : radius());
@@ -337,7 +338,7 @@
       for (const each of labels) {
         const unit = each.at ? fromData(each.at) : [x[each.row] / UNIT, y[each.row] / UNIT];
         const [px, py] = toPixels(...unit);
-        const wide = 3.2 * each.text.length + 3;
+        const wide = 3.5 * each.text.length + 4; // half of it, of letters 12 pixels high
         // Beside a point, and on the middle of a group.
         const middle = Math.min(width - wide, Math.max(wide, each.at ? px : px + (px > width / 2 ? -wide - 6 : wide + 6)));
         const box = [middle - wide, py - 8, middle + wide, py + 6];
@@ -458,7 +459,7 @@
           SAE.element("span", {}, SAE.number(spec.low)),
           bar,
           SAE.element("span", {}, SAE.number(spec.high)),
-          SAE.element("span", { class: "note" }, [spec.title || "", top && !highlighted ? "; grey: none" : ""]),
+          SAE.element("span", { class: "note" }, spec.title || ""),
         ]),
         SAE.element("details", { open: key.querySelector("details")?.open || state().range !== null || spec.log }, [
           SAE.element("summary", {}, "Colour range and scale"),

@@ -228,17 +228,19 @@
       bar.style.left = place(Math.min(0, value));
       bar.style.width = `${(100 * Math.abs(value)) / (1 - low)}%`;
       const told = shown.genes[gene];
-      const tell = () => describe(told);
-      const label = SAE.element("button", { type: "button", class: "name", title: told.description, onclick: tell }, told.name);
-      const row = SAE.element("li", { title: told.description, onmouseenter: tell }, [
+      const label = SAE.element("button", { type: "button", class: "name", onclick: () => describe(told, true) }, told.name);
+      label.addEventListener("focus", () => describe(told, true));
+      return SAE.element("li", { title: told.description, onmouseenter: () => describe(told, false) }, [
         label, SAE.element("span", { class: "track" }, bar),
         SAE.element("span", { class: "value" }, value.toFixed(2)),
       ]);
-      label.addEventListener("focus", tell);
-      return row;
     }));
   }
-  function describe(gene) {
+  /** A gene that was chosen stays: on the way to its links the pointer crosses others. */
+  let chosen = false;
+  function describe(gene, choose) {
+    if (chosen && !choose) return;
+    chosen = choose;
     const links = (gene.links || []).map((each) =>
       SAE.element("a", { href: each.href, target: "_blank", rel: "noreferrer noopener" }, each.title));
     document.querySelector("#gene").replaceChildren(

@@ -29,9 +29,10 @@
 
   /** A table in `element`.
 
-      columns: [{name, title, kind ("number" or "text"), description, value(row), text(value, row),
-      render(value, row) -> element or text, mark(row) -> bool}]: value is row[name] unless given; it
-      is what sorts and goes into the CSV, text or render is what is shown. options: {sort: name,
+      columns: [{name, title, kind ("number" or "text"), first ("low": is sorted upward first),
+      description, value(row), text(value, row), render(value, row) -> element or text, mark(row) ->
+      bool, csv (false: not in it), long (true: texts of many words)}]: value is row[name] unless given; it is what sorts and goes into
+      the CSV, text or render is what is shown. options: {sort: name,
       descending, page: rows a page, file: name of the CSV (null: none), caption, empty: what is said
       of no rows, onsort(name, descending), mark(row)}. Returns {rows(new rows), sort(name, descending)}. */
   SAE.table = function (element, columns, rows, options = {}) {
@@ -65,10 +66,10 @@
     const foot = SAE.element("div", { class: "table-foot" }, [before, after, told]);
     if (options.file) {
       foot.append(SAE.downloads(options.file, {
-        csv: () => [
-          columns.map((column) => column.name || column.title),
-          sorted.map((row) => columns.map((column) => value(column, row))),
-        ],
+        csv: () => {
+          const kept = columns.filter((column) => column.csv !== false);
+          return [kept.map((column) => column.name), sorted.map((row) => kept.map((column) => value(column, row)))];
+        },
       }));
     }
     const scroll = SAE.element("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": options.caption || "Table" }, table);
@@ -105,7 +106,7 @@
         shown = column.text ? column.text(found, row) : SAE.number(number(column) ? found : found ?? null);
       }
       const marked = column.mark && column.mark(row);
-      const names = [number(column) ? "number" : "", marked ? "marked" : ""].join(" ").trim();
+      const names = [number(column) && "number", column.long && "long", marked && "marked"].filter(Boolean).join(" ");
       return SAE.element("td", { class: names || null }, shown);
     }
 

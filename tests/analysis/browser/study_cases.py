@@ -15,7 +15,7 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 from starlette.templating import Jinja2Templates
 
-from analysis.browser import assets, safety, study, study_pages
+from analysis.browser import assets, safety, study, study_draw, study_pages
 
 N_CONCEPTS, N_NEURONS, N_GENES = 14, 12, 40
 NASTY = "<img src=x onerror=alert(1)>"
@@ -90,7 +90,7 @@ class Documents:
 
 def create(state: Path, **settings: Any) -> dict[str, str]:
     """The study "first", written; its raters' tokens."""
-    drawn = study.make(Documents(), name="first", n_genes=10, **settings)
+    drawn = study_draw.make(Documents(), name="first", n_genes=10, **settings)
     return dict(study.write(state, *drawn))
 
 

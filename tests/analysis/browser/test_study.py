@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from analysis.browser import study, study_panels
+from analysis.browser import study, study_draw, study_panels
 from sae_jax import InputError
 from tests.analysis.browser.study_cases import N_CONCEPTS, SECRETS, Documents
 
@@ -15,7 +16,7 @@ DRAW = {"concepts": 8, "neurons": 6, "repeats": 4, "raters": ("ann", "bob"), "n_
 
 
 def make(documents: Documents | None = None, **settings: Any) -> tuple:
-    return study.make(documents or Documents(), name="first", **{**DRAW, **settings})
+    return study_draw.make(documents or Documents(), name="first", **{**DRAW, **settings})
 
 
 @given(st.integers(6, 60), st.data(), st.integers(0, 5))
@@ -26,7 +27,7 @@ def test_an_order_holds_every_item_once_and_repeats_come_late(
     repeats = data.draw(st.integers(0, n // 2))
     items = [study.Item(str(i), i, f"f{i}", "concept") for i in range(n - repeats)]
     items += [study.Item(str(100 + i), i, f"f{i}", "concept", str(i)) for i in range(repeats)]
-    found = study.order(items, np.random.default_rng(seed))
+    found = study_draw.order(items, np.random.default_rng(seed))
     assert sorted(found) == sorted(each.number for each in items)
     for each in items[n - repeats :]:
         assert found.index(each.number) - found.index(each.repeat_of) >= n // 3
@@ -36,7 +37,7 @@ def test_orders_are_shuffled_and_repeats_do_not_follow_the_first_showings() -> N
     items = [study.Item(str(i), i, "f", "concept") for i in range(60)]
     items += [study.Item(str(100 + i), i, "f", "concept", str(i)) for i in range(12)]
     rng = np.random.default_rng(0)
-    orders = [study.order(items, rng) for _ in range(300)]
+    orders = [study_draw.order(items, rng) for _ in range(300)]
     # An item that is not repeated is at every place equally often: mean (n - 1) / 2 = 35.5, and
     # the mean of 300 places has a standard error of 20.8 / sqrt(300) = 1.2. Repeats come late.
     places = np.array([[each.index(str(i)) for i in range(12, 60)] for each in orders])
@@ -122,7 +123,7 @@ def test_what_makes_no_sense_is_refused(settings: dict[str, Any], told: str) -> 
 @pytest.mark.parametrize("name", ["", "../up", "a b", "a" * 65, ".hidden", "a/b"])
 def test_a_name_that_is_no_folders_is_refused(name: str) -> None:
     with pytest.raises(InputError, match="cannot name a study"):
-        study.make(Documents(), name=name, **DRAW)
+        study_draw.make(Documents(), name=name, **DRAW)
 
 
 def test_panels_are_those_the_run_has() -> None:
@@ -215,6 +216,24 @@ def test_a_study_on_the_disk_is_the_one_that_was_drawn(tmp_path: Path) -> None:
     assert study.rater_of_token(tmp_path, fresh)[1].name == "ann"
     for nobody in ("", "x", "\ud800", token[:-1]):
         assert study.rater_of_token(tmp_path, nobody) is None
+
+
+def test_answers_that_were_restored_are_those_that_are_used(tmp_path: Path) -> None:
+    study.write(tmp_path, *make())
+    found = study.load(tmp_path, "first")
+    home, number = tmp_path / "studies" / "first", found.items[0].number
+    before = study.open_answers(tmp_path, found)
+    assert study.open_answers(tmp_path, found) is before
+    copy = home / "copy"
+    shutil.copy(home / "answers.sqlite", copy)
+    before.of("ann").save(number, {"tissue": "yes"}, 0, "save-a")
+    for log in home.glob("answers.sqlite-*"):
+        log.unlink()
+    copy.rename(home / "answers.sqlite")
+    assert study.open_answers(tmp_path, found).history() == []
+    (home / "answers.sqlite").unlink()
+    with pytest.raises(InputError, match="no file of answers"):
+        study.open_answers(tmp_path, found)
 
 
 def test_a_file_that_was_changed_is_refused(tmp_path: Path) -> None:

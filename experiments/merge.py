@@ -1,0 +1,158 @@
+r"""The shards of a sweep, gathered into one run.
+
+    sae-jax sweep ... --num_shards=8 --shard_index=$SLURM_ARRAY_TASK_ID --workdir=runs/sweep
+    sae-jax merge --workdir=runs/sweep --output=runs/whole
+
+Every shard is checked against its manifest first (--verify=full reads every byte). One that is
+missing or was not finished is named with the command that trains it; --partial gathers the rest.
+The output is a run like one of a single job: `sae_jax.Run.load` reads it, and the same sweep
+without shards finds nothing left to train in it.
+"""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from absl import flags
+
+from analysis import plots
+from experiments import cli, sweep
+from sae_jax import InputError, files, manifest, workdir
+
+FLAGS = flags.FLAGS
+
+NAME = re.compile(r"shard-(\d+)-of-(\d+)")
+TABLES = ("results", "history")
+
+
+def define_flags() -> None:
+    """Defines the flags; `cli.launch` calls this."""
+    flags.DEFINE_string("workdir", None, "The folder of the shards, --workdir of their sweep.")
+    flags.DEFINE_string("output", None, "New folder for the whole.")
+    flags.DEFINE_enum("verify", "size", ["size", "full"], "Check files' sizes, or every byte.")
+    flags.DEFINE_bool("partial", False, "Gather what is finished, though shards are missing.")
+
+
+def main() -> None:
+    """Runs the program by its flags."""
+    if not FLAGS.workdir or not FLAGS.output:
+        raise InputError("--workdir and --output are needed: the folder of the shards, a new one")
+    out = Path(FLAGS.output)
+    workdir.check_writable(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"--output={out} is there already: give a new folder")
+    finished, missing = look(Path(FLAGS.workdir), FLAGS.verify)
+    for told in missing:
+        print(told)
+    if not finished or (missing and not FLAGS.partial):
+        raise InputError(
+            f"{len(missing)} shards are missing or not finished; train them (above), or give "
+            "--partial"
+        )
+    results = gather(finished, out)
+    split = "validation" if "validation_r2" in results else "train"
+    plots.save(plots.frontier(results, split=split), out / "figures", "frontier")
+    print(f"{out}/: {len(results)} configurations of {len(finished)} shards")
+    print(f"\nbest {split} R² at their L0")
+    print(sweep.best(results, split))
+
+
+def look(folder: Path, level: manifest.Level) -> tuple[dict[Path, dict[str, Any]], list[str]]:
+    """Finished shards with their settings, and what is said of the others.
+
+    Raises:
+      InputError: no shards, those of several sweeps, or a shard that is damaged.
+    """
+    there = list(folder.iterdir()) if folder.is_dir() else []
+    found = {path: match for path in sorted(there) if (match := NAME.fullmatch(path.name))}
+    if not found:
+        raise InputError(f"{folder} holds no shards (shard-000-of-008, ...) of a sweep")
+    counts = {int(match[2]) for match in found.values()}
+    if len(counts) > 1:
+        raise InputError(f"{folder} holds shards of {sorted(counts)}: of several sweeps")
+    [count] = counts
+    settings = {path: read_settings(path) for path in found}
+    first, *others = settings.values()
+    for path, other in zip(list(settings)[1:], others, strict=True):
+        if changes := workdir.difference(sweep.alike(first), sweep.alike(other)):
+            raise InputError(f"{path} is a shard of another sweep:\n  {changes}")
+    finished, missing = {}, []
+    by_index = {int(match[1]): path for path, match in found.items()}
+    for index in range(count):
+        path = by_index.get(index)
+        if path is not None and (path / manifest.NAME).exists():
+            manifest.check(path, level)
+            finished[path] = settings[path]
+            continue
+        state = "is missing" if path is None else "was not finished"
+        missing.append(f"shard {index} of {count} {state}: {command(first, index, count, folder)}")
+    return finished, missing
+
+
+def read_settings(shard: Path) -> dict[str, Any]:
+    """What a shard was asked for, and which places its configurations have in the whole."""
+    path = shard / sweep.SETTINGS
+    try:
+        found = json.loads(path.read_bytes())
+        found["positions"] = [int(each) for each in found["positions"]]
+        return found
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing: {shard} is no shard of a sweep") from None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{path} is damaged: {error!r}") from None
+
+
+def command(settings: dict[str, Any], index: int, count: int, folder: Path) -> str:
+    """The command that trains a shard."""
+    given = sweep.alike(settings) | {
+        "num_shards": count, "shard_index": index, "workdir": str(folder)
+    }  # fmt: skip
+    words = [f"--{name}={_text(value)}" for name, value in given.items()]
+    return " ".join(["sae-jax sweep", *words])
+
+
+def _text(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def gather(shards: dict[Path, dict[str, Any]], out: Path) -> pd.DataFrame:
+    """One run of all; its results. Of some shards it is a run of their configurations alone."""
+    places = sorted(place for settings in shards.values() for place in settings["positions"])
+    member = {place: i for i, place in enumerate(places)}
+    configs: list[Any] = [None] * len(places)
+    tables: dict[str, list[pd.DataFrame]] = {name: [] for name in TABLES}
+    training: list[dict[str, Any]] = []
+    with files.write_aside(out) as fresh:
+        (fresh / "dictionaries").mkdir(parents=True)
+        for path, settings in shards.items():
+            asked = json.loads((path / "configs.json").read_bytes())
+            own = [member[place] for place in settings["positions"]]
+            if len(own) != len(asked["configs"]):
+                raise InputError(f"{path}: {sweep.SETTINGS} and configs.json disagree")
+            training.append({key: value for key, value in asked.items() if key != "configs"})
+            if changes := workdir.difference(training[0], training[-1]):
+                raise InputError(f"{path} was trained on other rows or otherwise:\n  {changes}")
+            for i, config in enumerate(asked["configs"]):
+                configs[own[i]] = config
+                if (dictionary := workdir.dictionary_folder(path, i)).exists():
+                    shutil.copytree(dictionary, workdir.dictionary_folder(fresh, own[i]))
+            for name in TABLES:
+                table = pd.read_parquet(path / f"{name}.parquet", page_checksum_verification=True)
+                tables[name].append(table.assign(member=[own[i] for i in table["member"]]))
+        whole = {
+            name: pd.concat(parts).sort_values("member", kind="stable", ignore_index=True)
+            for name, parts in tables.items()
+        }
+        for name, table in whole.items():
+            files.write_parquet(fresh / f"{name}.parquet", table)
+        files.write_json(fresh / "configs.json", {"configs": configs} | training[0])
+        files.write_json(fresh / sweep.SETTINGS, sweep.alike(settings))
+        manifest.write(fresh)
+    return whole["results"]
+
+
+if __name__ == "__main__":
+    cli.launch(main, define_flags)

@@ -1,0 +1,139 @@
+"""Shards of a sweep, gathered: the run that one job would have made."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pandas as pd
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+
+from analysis import plots
+from experiments import merge, sweep
+from sae_jax import InputError, Run, manifest, trainer
+
+ROWS = np.random.default_rng(0).normal(size=(120, 4)).astype(np.float32)
+GRID = {
+    "preset": "vanilla", "n_latents": "8,12", "l1_weight": "0.1,1", "batch_size": "32",
+    "learning_rate": "1e-3,1e30", "epochs": "2",
+}  # fmt: skip
+
+
+def call(program: Any, **given: object) -> None:
+    with flagsaver.flagsaver():
+        program.define_flags()
+        flags.FLAGS([program.__name__, *(f"--{name}={value}" for name, value in given.items())])
+        program.main()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One job's run, `whole`, and the same in three shards, `shards`."""
+    parent = tmp_path_factory.mktemp("merge")
+    np.save(parent / "rows.npy", ROWS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "save", lambda *_: None)
+        given = GRID | {"data": parent / "rows.npy"}
+        call(sweep, **given, workdir=parent / "whole")
+        for index in range(3):
+            more = {"workdir": parent / "shards", "num_shards": 3, "shard_index": index}
+            call(sweep, **given, **more)
+    return parent
+
+
+@pytest.fixture
+def shards(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """A copy of the shards to damage, and `merge` of it into a folder, which is returned."""
+    monkeypatch.setattr(plots, "save", lambda *_: None)
+    shutil.copytree(runs / "shards", tmp_path / "shards")
+
+    def merged(**given: object) -> Path:
+        call(merge, workdir=tmp_path / "shards", output=tmp_path / "merged", **given)
+        return tmp_path / "merged"
+
+    return merged
+
+
+def test_it_is_the_run_of_one_job(
+    shards: Callable[..., Path], runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = shards(verify="full")
+    one, many = Run.load(runs / "whole"), Run.load(out)
+    pd.testing.assert_frame_equal(one.results, many.results, check_exact=True)
+    pd.testing.assert_frame_equal(one.history, many.history, check_exact=True)
+    assert (one.results["status"] == "diverged").any()
+    for a, b in zip(one.dictionaries, many.dictionaries, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            for ours, theirs in zip(*(jax.tree.leaves(d.params) for d in (a, b)), strict=True):
+                assert ours.tobytes() == theirs.tobytes()
+    assert manifest.check(out, "full") > 5
+    monkeypatch.setattr(trainer, "train_bucket", None)  # the whole sweep finds nothing to train
+    call(sweep, **GRID, data=runs / "rows.npy", workdir=out)
+
+
+def test_what_is_missing_is_named_with_its_command(
+    shards: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree(tmp_path / "shards/shard-001-of-003")
+    (tmp_path / "shards/shard-002-of-003" / manifest.NAME).unlink()
+    with pytest.raises(InputError, match="2 shards are missing or not finished"):
+        shards()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("shard 1 of 3 is missing: sae-jax sweep --")
+    assert lines[1].startswith("shard 2 of 3 was not finished: ")
+    for index, line in zip((1, 2), lines, strict=True):
+        words = line.split(": ", 1)[1].split()[2:]
+        given = dict(word.removeprefix("--").split("=", 1) for word in words)
+        assert given["shard_index"] == str(index)
+        call(sweep, **given)  # it is a command that works
+    assert len(Run.load(shards()).results) == 8
+
+
+def test_a_part_is_a_run_of_its_own(shards: Callable[..., Path], tmp_path: Path) -> None:
+    shutil.rmtree(tmp_path / "shards/shard-000-of-003")
+    found = Run.load(shards(partial="true"))
+    assert 0 < len(found.results) < 8
+    assert found.results["member"].tolist() == list(range(len(found.results)))
+
+
+def flip(folder: Path) -> None:
+    path = next((folder / "shard-001-of-003").rglob("*.safetensors"))
+    values = bytearray(path.read_bytes())
+    values[-1] ^= 1
+    path.write_bytes(values)
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "flipped bit": (flip, "has other contents"),
+    "no settings": (lambda f: (f / "shard-001-of-003/sweep.json").unlink(), "is no shard"),
+    "settings cut": (lambda f: (f / "shard-001-of-003/sweep.json").write_text("{"), "damaged"),
+    "another sweep": (
+        lambda f: (f / "shard-001-of-003/sweep.json").write_text('{"positions": [1]}'),
+        "of another sweep",
+    ),
+    "other counts": (lambda f: (f / "shard-001-of-004").mkdir(), r"shards of \[3, 4\]"),
+    "no shards": (lambda f: [shutil.rmtree(each) for each in f.iterdir()], "holds no shards"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_damage_is_refused_and_leaves_nothing(
+    case: str, shards: Callable[..., Path], tmp_path: Path
+) -> None:
+    damage, message = DAMAGE[case]
+    damage(tmp_path / "shards")
+    with pytest.raises(InputError, match=message):
+        shards(verify="full")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["shards"]
+
+
+def test_a_folder_that_is_there_is_not_touched(shards: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "merged/mine").touch()
+    with pytest.raises(InputError, match="is there already"):
+        shards()
