@@ -87,7 +87,9 @@ def define_flags() -> None:
     )
     flags.DEFINE_string("checkpoint", None, "Its folder; without one an scVI is trained here.")
     flags.DEFINE_string(
-        "embedding", None, "An extraction store of these cells (layer_11.zarr): its rows are taken. "
+        "embedding",
+        None,
+        "An extraction store of these cells (layer_11.zarr): its rows are taken. "
         "To exchange genes the model is needed all the same, by --checkpoint if it has moved; "
         "without it that part of the study is left out.",
     )

@@ -108,7 +108,9 @@ def _of_store(adata: anndata.AnnData) -> Source:
     if FLAGS.layer is not None and FLAGS.layer != str(about["layer"]):
         raise InputError(f"--layer={FLAGS.layer}, but {found.path} holds layer {about['layer']}")
     if about["pooling"] == "tokens":
-        raise InputError(f"{found.path} holds tokens, concepts are of cells: extract with a pooling")
+        raise InputError(
+            f"{found.path} holds tokens, concepts are of cells: extract with a pooling"
+        )
     at = found.obs.index.get_indexer(adata.obs_names)
     if (at < 0).any():
         raise InputError(

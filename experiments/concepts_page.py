@@ -167,13 +167,14 @@ def sections(
                     f"{settings['model']}, {int(chosen['n_latents'])} concepts of which {n_live} "
                     f"are live on training cells; k = {int(chosen['k'])}, R2 "
                     f"{chosen['validation_r2']:.3f} on held-out cells. {len(found.concepts)} "
-                    f"concepts and {len(found.neurons)} neurons, drawn at random, were attributed."
+                    f"concepts and {len(found.neurons)} neurons, drawn at random, were studied."
                 ),
                 report.items(told(found, learned, settings["follow"])),
                 report.table(_shown(found)),
                 report.picture(pictures["cells"], "Cells by label, then by activation."),
-                report.picture(
-                    pictures["attributed"],
+                *_picture(
+                    pictures,
+                    "attributed",
                     "Genes by attribution: the drop of the concept's activation when the gene's "
                     "value is exchanged for that of a like cell without the concept.",
                 ),
@@ -186,33 +187,13 @@ def sections(
                 report.picture(pictures["strengths"], "Best term by prerank GSEA.", "40rem"),
                 report.table(found.strengths.reset_index()),
                 report.paragraph(
-                    "The best of many terms has a small p by chance alone: see the columns. "
-                    f"{_few(found)} Of a "
-                    f"concept's important genes (attribution above .05) "
-                    f"{_mean(found, 'in_no_term')} are in no term, in the mean."
+                    f"The best of many terms has a small p by chance alone: see the columns. "
+                    f"{_few(found)}{_in_no_term(found)}"
                 ),
                 report.paragraph(_coverage(subject.sets.coverage)),
             ],
         ),
-        (
-            "Attribution against differential expression",
-            [
-                report.picture(
-                    pictures["deletion"],
-                    "Activation left as genes are exchanged, mean and sd over concepts. "
-                    "Attribution is ranked on the very cells of the curve, which flatters it, as "
-                    "in the paper.",
-                    "40rem",
-                ),
-                *_held_out(found, pictures, settings["prototypes"]),
-                report.table(found.table_6.rename_axis("quantity").reset_index()),
-                report.paragraph(
-                    "The paper's Table 6, its exchanged cells put right: "
-                    + "; ".join(f"{' '.join(key)}: {_dict(value)}"
-                                for key, value in concept_terms.PAPER.items())
-                ),
-            ],
-        ),
+        *([] if found.attribution is None else [_against_dge(found, pictures, settings)]),
         (
             "Other methods, and what can be learned from each",
             [
@@ -239,22 +220,57 @@ def sections(
             )
         )  # fmt: skip
     parts += [
-        (
-            "In the model",
-            [
-                report.paragraph("What survives with the reconstruction in the embedding's place:"),
-                report.table(tested["fidelity"]),
-                report.paragraph(
-                    "Single concepts set to 0, beside 20 random directions that move every cell as "
-                    "far (so the least p is 1 / 21):"
-                ),
-                report.table(tested["causal"]),
-            ],
-        ),
+        *([_in_model(tested)] if tested else []),
         ("Files", [report.items([f"{name}: {what}" for name, what in FILES.items()])]),
         ("Settings", [report.code(json.dumps(settings, indent=1))]),
     ]
     return parts
+
+
+def _picture(pictures: dict[str, Path], name: str, caption: str, width: str = "60rem") -> list[str]:
+    """A picture, if it was drawn."""
+    return [report.picture(pictures[name], caption, width)] if name in pictures else []
+
+
+def _against_dge(
+    found: Explained, pictures: dict[str, Path], settings: dict[str, Any]
+) -> tuple[str, list[str]]:
+    """Deletion curves, and Table 6."""
+    return (
+        "Attribution against differential expression",
+        [
+            report.picture(
+                pictures["deletion"],
+                "Activation left as genes are exchanged, mean and sd over concepts. Attribution is "
+                "ranked on the very cells of the curve, which flatters it, as in the paper.",
+                "40rem",
+            ),
+            *_held_out(found, pictures, settings["prototypes"]),
+            report.table(found.table_6.rename_axis("quantity").reset_index()),
+            report.paragraph(
+                "The paper's Table 6, its exchanged cells put right: "
+                + "; ".join(
+                    f"{' '.join(key)}: {_dict(value)}" for key, value in concept_terms.PAPER.items()
+                )
+            ),
+        ],
+    )
+
+
+def _in_model(tested: dict[str, pd.DataFrame]) -> tuple[str, list[str]]:
+    """What reconstructions and single concepts do to the model."""
+    return (
+        "In the model",
+        [
+            report.paragraph("What survives with the reconstruction in the embedding's place:"),
+            report.table(tested["fidelity"]),
+            report.paragraph(
+                "Single concepts set to 0, beside 20 random directions that move every cell as "
+                "far (so the least p is 1 / 21):"
+            ),
+            report.table(tested["causal"]),
+        ],
+    )
 
 
 def _held_out(found: Explained, pictures: dict[str, Path], prototypes: int) -> list[str]:
@@ -313,17 +329,22 @@ def _few(found: Explained) -> str:
     """How many concepts are active in so few cells that labels, genes and terms are of these."""
     concepts = found.features[found.features["kind"] == "concept"]
     few = concepts["n_active"] < study.FEW
-    attributed = int(few.loc[found.concepts].sum())
+    studied = int(few.loc[found.concepts].sum())
     return (
         f"{int(few.sum())} of the {len(concepts)} live concepts are active in fewer than "
-        f"{study.FEW} cells, {attributed} of those attributed: what is told of them is of single "
-        "cells."
+        f"{study.FEW} cells, {studied} of those studied: what is told of them is of single cells."
     )
 
 
-def _mean(found: Explained, column: str) -> str:
-    values = found.features.loc[found.concepts, column].dropna()
-    return f"{np.mean(values):.0%}" if len(values) else "none"
+def _in_no_term(found: Explained) -> str:
+    if found.attribution is None:
+        return ""
+    values = found.features.loc[found.concepts, "in_no_term"].dropna()
+    share = f"{np.mean(values):.0%}" if len(values) else "none"
+    return (
+        f" Of a concept's important genes (attribution above .05) {share} are in no term, in the "
+        "mean."
+    )
 
 
 def _coverage(coverage: Coverage) -> str:
