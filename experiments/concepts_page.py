@@ -164,7 +164,7 @@ def sections(
             [
                 report.paragraph(
                     f"{len(subject.x)} cells, {subject.x.shape[1]} dimensions of "
-                    f"{settings['model']}, {int(chosen['n_latents'])} concepts of which {n_live} "
+                    f"{subject.model_name}, {int(chosen['n_latents'])} concepts of which {n_live} "
                     f"are live on training cells; k = {int(chosen['k'])}, R2 "
                     f"{chosen['validation_r2']:.3f} on held-out cells. {len(found.concepts)} "
                     f"concepts and {len(found.neurons)} neurons, drawn at random, were studied."
@@ -187,7 +187,7 @@ def sections(
                 report.picture(pictures["strengths"], "Best term by prerank GSEA.", "40rem"),
                 report.table(found.strengths.reset_index()),
                 report.paragraph(
-                    f"The best of many terms has a small p by chance alone: see the columns. "
+                    "The best of many terms has a small p by chance alone: see the columns. "
                     f"{_few(found)}{_in_no_term(found)}"
                 ),
                 report.paragraph(_coverage(subject.sets.coverage)),
@@ -227,9 +227,9 @@ def sections(
     return parts
 
 
-def _picture(pictures: dict[str, Path], name: str, caption: str, width: str = "60rem") -> list[str]:
+def _picture(pictures: dict[str, Path], name: str, caption: str) -> list[str]:
     """A picture, if it was drawn."""
-    return [report.picture(pictures[name], caption, width)] if name in pictures else []
+    return [report.picture(pictures[name], caption)] if name in pictures else []
 
 
 def _against_dge(

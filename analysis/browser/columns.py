@@ -133,7 +133,12 @@ def standard(folder: Folder, hidden: Collection[str] = ()) -> pd.DataFrame:
         table["term"] = np.where(named, table["attribution:term"].astype(object), None)
         log10_q = -np.log10(np.maximum(q, np.finfo(float).tiny))
         table["term_log10_q"] = np.where(named, log10_q, np.nan)
-    if "term_log10_q" in table:
+    if "best_term_q" in table:  # of the quickstart
+        table["term_q"] = table.pop("best_term_q")
+        with np.errstate(divide="ignore"):
+            log10_q = -np.log10(table["term_q"].to_numpy(np.float64, na_value=np.nan))
+        table["term_log10_q"] = log10_q
+    elif "term_log10_q" in table:
         log10_q = table["term_log10_q"].to_numpy(np.float64, na_value=np.nan)
         table["term_q"] = 10.0**-log10_q
     for name in table.select_dtypes(["object", "category"]):

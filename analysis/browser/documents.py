@@ -149,7 +149,7 @@ def features(run: Run) -> dict[str, Any]:
     for column in run.columns[1:]:
         values = run.features[column.name]
         if column.kind in (NUMBER, FLAG):
-            columns[column.name] = values.to_numpy(np.float32, na_value=np.nan)
+            columns[column.name] = _lean(values.to_numpy(np.float64, na_value=np.nan))
             continue
         label = pd.Categorical(values)
         if len(label.categories) > len(values) / 2:
@@ -163,6 +163,12 @@ def features(run: Run) -> dict[str, Any]:
             "missing": n if none else None,
         }  # fmt: skip
     return {"names": run.names, "columns": columns}
+
+
+def _lean(values: np.ndarray) -> np.ndarray:
+    """Small whole numbers as such, others as float32."""
+    whole = len(values) and (values == np.rint(values)).all() and values.min() >= 0
+    return values.astype(smallest(int(values.max()) + 1) if whole else np.float32)
 
 
 def names(run: Run) -> dict[str, Any]:

@@ -15,7 +15,8 @@ from analysis.browser.run import Run
 from analysis.gsea_null import Ranking
 
 BINS = 40
-TOP_CELLS, NEAREST, MOST_GENES, MOST_TERMS, CURVES = 10, 10, 500, 100, 10
+TOP_CELLS, NEAREST, MOST_GENES, MOST_TERMS, BEST_TERMS, CURVES = 10, 10, 500, 100, 20, 10
+STRETCH = 1 << 20  # entries
 BANDS = (0.8, 0.6, 0.4, 0.2, 0.0)  # lower bounds of an activation, as shares of the highest
 MARKED, ENOUGH = 0.7, 100  # Claye: share of the active cells, and how many these must be
 
@@ -129,18 +130,17 @@ def correlations(run: Run, i: int) -> np.ndarray:
     product = np.zeros(run.n_features)
     cells, values = run.index.entries("by_feature", i)
     indptr = run.index["by_cell.indptr"]
-    features, activations = run.index["by_cell.indices"], run.index["by_cell.values"]
     starts, sizes = indptr[cells], indptr[cells + 1] - indptr[cells]
-    bounds = np.concatenate([[0], np.cumsum(sizes)])
     first = 0
-    while first < len(cells):  # a million entries at a time
-        last = int(np.searchsorted(bounds, bounds[first] + (1 << 20), "right")) - 1
-        last = max(first + 1, min(last, len(cells)))
+    while first < len(cells):  # a stretch of the file at a time, which is let go of again
+        last = int(np.searchsorted(starts, starts[first] + STRETCH, "right"))
         own = sizes[first:last]
-        shift = np.repeat(starts[first:last] - (bounds[first:last] - bounds[first]), own)
-        place = np.arange(bounds[last] - bounds[first]) + shift
-        weight = activations[place] * np.repeat(values[first:last].astype(np.float64), own)
-        product += np.bincount(features[place], weight, minlength=run.n_features)
+        ends = np.cumsum(own)
+        place = np.arange(ends[-1]) + np.repeat(starts[first:last] - (ends - own), own)
+        weight = np.repeat(values[first:last].astype(np.float64), own)
+        weight *= run.index["by_cell.values"][place]
+        feature = run.index["by_cell.indices"][place]
+        product += np.bincount(feature, weight, minlength=run.n_features)
         first = last
     total, square = run.index["sum"], run.index["square"]
     covariance = product / n - total[i] / n * (total / n)
@@ -251,9 +251,21 @@ def dge(run: Run, i: int) -> dict[str, Any]:
 
 
 def terms(run: Run, i: int) -> dict[str, Any]:
-    """The lens' best terms of the feature."""
-    columns = ["term", "side", "size", "hits", "auc", "change", "log10_p", "log10_q", "named"]
-    table = run.rows("top_terms", i, columns)
+    """The lens' best terms of the feature; of the quickstart's, those of the smallest p."""
+    columns = ["term", "size", "hits", "auc", "change"]
+    told = ["side", "log10_p", "log10_q", "named"]
+    table = run.rows("top_terms", i, [*columns, *told])
+    test = run.naming_test
+    if table is None and test is not None:
+        table = run.rows("enrichment", i, [*columns, f"log10_p_{test}", f"log10_q_{test}"])
+        if table is not None:
+            named = set(run.feature_terms[[i]].indices.tolist())
+            table = table.rename(
+                columns={f"log10_{what}_{test}": f"log10_{what}" for what in ("p", "q")}
+            )
+            table = table.sort_values("log10_p", ascending=False, kind="stable")[:BEST_TERMS]
+            table["side"] = np.where(table["auc"] >= 0.5, "up", "down")
+            table["named"] = [run.term_number[str(term)] in named for term in table["term"]]
     if table is None:
         return gone(run, "terms")
     top = run.rows("genes", i, ["gene"])

@@ -119,6 +119,11 @@ class Folder:
         with reading(path), h5py.File(path) as file:
             yield file
 
+    def labels(self) -> list[str]:
+        """Columns of the cells that the program took for labels."""
+        told = [self.settings.get("label"), *(self.settings.get("labels") or [])]
+        return [name for name in told if isinstance(name, str)]
+
     def obs(self) -> pd.DataFrame:
         """The metadata of the cells; without any where there is no features.h5ad."""
         if self.cells is None:

@@ -29,7 +29,7 @@ from analysis import features
 from analysis.browser.folder import BLOCK, Folder
 from sae_jax import InputError, files
 
-VERSION = 3  # of what lies in the folder
+VERSION = 4  # of what lies in the folder
 MOST_VALUES = 1000  # a column of text with more values names cells rather than groups of them
 RANGE = 65535  # of coordinates on the wire
 
@@ -188,8 +188,9 @@ def write_cells(
     if n_cells:
         _write_by_cell(writer, opened, taken, n_features)
         writer.texts("cells", cells)
+    labels = {label for folder in opened for label in folder.labels()}
     columns = [
-        {"name": name} | _write_column(writer, f"metadata.{i}", column)
+        {"name": name} | _write_column(writer, f"metadata.{i}", column, name in labels)
         for i, (name, column) in enumerate(_metadata(opened).items())
     ]
     maps, skipped = [], {}
@@ -227,17 +228,22 @@ def _metadata(opened: Sequence[Folder]) -> dict[str, pd.Series]:
     return found
 
 
-def _write_column(writer: Writer, name: str, column: pd.Series) -> dict[str, Any]:
-    """A column of obs: "number", "category" or, where most cells have their own text, "name"."""
-    if pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column):
+def _write_column(
+    writer: Writer, name: str, column: pd.Series, is_label: bool = False
+) -> dict[str, Any]:
+    """A column of obs: "number" (unless a program took it for labels), "category" or, where most
+    cells have their own text, "name"."""
+    numeric = pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column)
+    if numeric and not is_label:
         writer.save(name, column.to_numpy(np.float64, na_value=np.nan))
         return {"kind": "number"}
+    known = pd.Categorical(column).categories
     texts = column.astype(object).map(str, na_action="ignore")
-    known = column.cat.categories if isinstance(column.dtype, pd.CategoricalDtype) else None
-    order = None if known is None else list(dict.fromkeys(map(str, known)))
+    order = list(dict.fromkeys(map(str, known)))
     label = pd.Categorical(texts, categories=order).remove_unused_categories()
     values = label.categories.astype(str).tolist()
-    if len(values) > min(MOST_VALUES, max(2, len(column) // 2)):
+    most = MOST_VALUES if is_label else min(MOST_VALUES, max(2, len(column) // 2))
+    if len(values) > most:
         writer.texts(name, texts.fillna("").tolist())
         return {"kind": "name"}
     missing = len(values) if (label.codes < 0).any() else None

@@ -261,6 +261,8 @@ def _write_named(
                     values = {key: part[key].to_numpy() for key in ("log10_q", "auc")}
                     keep(part["named"].to_numpy().astype(bool), 0, feature=feature, side=side,
                          term=numbered(part["term"], terms), **values)  # fmt: skip
+        elif "enrichment" in some and "best_term" in folder.table:
+            _of_quickstart(some["enrichment"], folder, own, terms, keep)
         for by, name in enumerate(("gsea_attribution", "gsea_dge"), start=1):
             if name not in some:
                 continue
@@ -295,10 +297,9 @@ def _of_enrichment(
     rows: Rows, matrix: sparse.csr_array, terms: Mapping[str, int], keep: Callable[..., None]
 ) -> None:
     """q, AUC and side of the namings, out of the long table."""
-    tests = [test for test in NAMING if f"log10_q_{test}" in rows.columns]
-    if not tests:
+    if (told := naming_test(rows.columns)) is None:
         return
-    test = f"log10_q_{tests[0]}"
+    test = f"log10_q_{told}"
     side = "change" if "change" in rows.columns else "z"
     rows.require(side)
     pairs = matrix.tocoo()
@@ -309,6 +310,28 @@ def _of_enrichment(
             ours = np.isin(feature.astype(np.int64) * len(terms) + term, wanted)
             keep(ours, 0, feature=feature, term=term, log10_q=part[test].to_numpy(),
                  auc=part["auc"].to_numpy(), side=np.sign(part[side].to_numpy()))  # fmt: skip
+
+
+def naming_test(columns: Sequence[str]) -> str | None:
+    """The test by which terms of a long table are ranked."""
+    return next((test for test in NAMING if f"log10_q_{test}" in columns), None)
+
+
+def _of_quickstart(
+    rows: Rows, folder: Folder, own: Mapping[str, int], terms: Mapping[str, int],
+    keep: Callable[..., None],
+) -> None:  # fmt: skip
+    """Of the features that a term names, all terms up at the q of the only test that names."""
+    if (test := naming_test(rows.columns)) is None:
+        return
+    there = folder.table.index[folder.table["best_term"].notna()]
+    testable = np.asarray([own[name] for name in there], np.int64)
+    for feature, part in rows.by_features(["term", "auc", f"log10_q_{test}"]):
+        with reading(rows.path):
+            log10_q = part[f"log10_q_{test}"].to_numpy()
+            ours = (log10_q >= -np.log10(SIGNIFICANT)) & np.isin(feature, testable)
+            keep(ours, 0, feature=feature, term=numbered(part["term"], terms), log10_q=log10_q,
+                 auc=part["auc"].to_numpy(), side=np.ones(len(feature)))  # fmt: skip
 
 
 def _write_deletion(

@@ -187,7 +187,8 @@ class Run:
             "cells": self.n_cells > 0, "maps": bool(self.maps), "sets": self.has_sets,
             "decoder": "decoder" in self.index,
             "deletion": self.index.meta["curves"]["deletion"] is not None,
-            "feature_map": self.feature_map is not None, "terms": self.has("top_terms"),
+            "feature_map": self.feature_map is not None,
+            "terms": self.has("top_terms") or self.has("enrichment"),
             "gene_info": self.index.meta["gene_info"] is not None,
             "dge": self.has("dge") or self.has("genes"),
         }  # fmt: skip
@@ -207,14 +208,24 @@ class Run:
         high = self.folders[folder].settings.get("percentile", 99)
         return f"Cells above the {high:g}th percentile of activation, against all silent cells."
 
+    @cached_property
+    def naming_test(self) -> str | None:
+        """The test of gene sets by which terms are ranked."""
+        long = [tables["enrichment"] for tables in self._tables if "enrichment" in tables]
+        return inverted.naming_test(long[0].columns) if long else None
+
     def tests(self) -> str:
         """What the numbers of the lens' terms mean."""
-        return (
-            "change: mean change of the term's genes between high and silent cells; p and q are "
-            "of it, standardised by permuted features. A term names the feature if also more of "
-            "the genes that differ are in it than among genes of like expression. AUC: chance that "
-            "a gene of the term ranks above one outside it."
-        )
+        told = {
+            "change": "p and q: of the mean change of the term's genes between high and silent "
+            "cells, standardised by permuted features. A term names the feature if also more of "
+            "the genes that differ are in it than among genes of like expression.",
+            "matched": "p and q: whether more of the genes that differ are in the term than among "
+            "genes of like expression.",
+            "fisher": "p and q: Fisher's exact test of the genes that differ.",
+        }
+        ends = "AUC: chance that a gene of the term ranks above one outside it."
+        return " ".join([told.get(self.naming_test or "change", ""), ends]).strip()
 
     @cached_property
     def cells(self) -> Texts:

@@ -59,6 +59,7 @@ def write(
         size = rng.integers(10, max(11, min(200, n_genes // 4)), n_terms)
         _write_lens(fresh, names, named, genes, terms, size, rng)
         table["kind_text"] = np.where(rng.random(n_features) < 0.2, "local", "global")
+        table = table.join(_best_terms(fresh / "top_terms.parquet"))
         best = genes[rng.integers(0, n_genes, (n_features, 3))]
         table["top_genes"] = [", ".join(row) for row in best]
         table["technical"] = rng.random(n_features) < 0.05
@@ -186,6 +187,15 @@ def _write_lens(
     _write_long(folder / "genes.parquet", every, top_genes)
     _write_long(folder / "top_terms.parquet", every, best_terms)
     _write_long(folder / "enrichment.parquet", every, every_term)
+
+
+def _best_terms(path: Path) -> pd.DataFrame:
+    """The first term up of each feature that one names."""
+    columns = ["feature", "side", "rank", "term", "named", "log10_q"]
+    rows = pd.read_parquet(path, columns=columns, filters=[("rank", "==", 0)])
+    first = rows[rows["named"] & (rows["side"] == "up")].set_index("feature")
+    found = first[["term", "log10_q"]]
+    return found.set_axis(["best_term", "best_term_log10_q"], axis=1)
 
 
 def _write_concepts(

@@ -26,8 +26,9 @@ class Plane:
 
 
 def save(figure: Figure, folder: Path, name: str) -> Path:
-    """As `plots.save`, with few pixels."""
+    """As `plots.save`, with few pixels and without the search for a layout."""
     folder.mkdir(exist_ok=True)
+    figure.set_layout_engine("none")
     figure.savefig(folder / f"{name}.png", dpi=20)
     return folder / f"{name}.png"
 

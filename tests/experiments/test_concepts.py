@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,15 @@ import sae_jax
 from analysis import attribution, stability
 from analysis.counterfactuals import Pairs
 from analysis.neurons import Neurons
-from experiments import concepts, concepts_learned, concepts_page, concepts_study
+from experiments import (
+    concepts,
+    concepts_inputs,
+    concepts_learned,
+    concepts_page,
+    concepts_study,
+)
+from extract import main as extraction
+from extract import store
 from sae_jax import InputError, data
 from tests.experiments import quick
 
@@ -280,6 +289,7 @@ FIGURES = ("cells", "attributed", "strengths", "deletion", "confusion", "replica
 
 def pixel(folder: Path) -> Path:
     """Any file that stands for a picture."""
+    (folder / "figures").mkdir(exist_ok=True)
     (folder / "figures/pixel.png").write_bytes(b"\x89PNG")
     return folder / "figures/pixel.png"
 
@@ -314,3 +324,106 @@ def test_the_best_term_has_the_smallest_p_then_the_largest_nes() -> None:
     best = concepts_study.best_terms(table)
     assert best["term"].tolist() == ["y", "z"]
     assert best["strength"].tolist() == ["weak", "none"]
+
+
+@pytest.fixture(scope="module")
+def extracted(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of the same cells, made with a copy of the model."""
+    folder = tmp_path_factory.mktemp("extracted")
+    shutil.copytree(settings["checkpoint"], folder / "model")
+    with flagsaver.flagsaver():
+        extraction.define_flags()
+        flags.FLAGS.model, flags.FLAGS.h5ad = "scvi", settings["h5ad"]
+        flags.FLAGS.checkpoint, flags.FLAGS.output = str(folder / "model"), str(folder)
+        extraction.main()
+    return folder / "latent.zarr"
+
+
+def source_of(given: dict[str, Any], change: Any = None) -> tuple[Any, concepts_inputs.Source]:
+    """The cells, and where their embedding comes from, by these flags."""
+    with flagsaver.flagsaver():
+        concepts.define_flags()
+        for name, value in given.items():
+            setattr(flags.FLAGS, name, value)
+        adata = concepts_inputs.read()[0]
+        adata = adata if change is None else change(adata)
+        return adata, concepts_inputs.source(adata)
+
+
+def test_the_rows_of_a_store_are_taken(
+    extracted: Path, settings: dict[str, Any], finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = settings | {"embedding": str(extracted), "checkpoint": None, "model": None}
+    _, found = source_of(given)
+    np.testing.assert_allclose(found.x, np.load(finished / "embedding.npy"), atol=1e-6)
+    assert (found.name, found.layer, found.genes, found.counts) == ("scvi", "latent", None, None)
+    assert found.model is not None  # by the folder that the store names
+    _, moved = source_of(given | {"checkpoint": settings["checkpoint"]})
+    assert moved.model.checkpoint == found.model.checkpoint
+    adata, fewer = source_of(given, lambda adata: adata[[7, 3, 200]].copy())
+    np.testing.assert_array_equal(fewer.x, found.x[[7, 3, 200]])
+    assert adata.n_obs == 3
+
+    def renamed(adata: anndata.AnnData) -> anndata.AnnData:
+        adata.obs_names = ["other", *adata.obs_names[1:]]
+        return adata
+
+    def recounted(adata: anndata.AnnData) -> anndata.AnnData:
+        return anndata.AnnData(adata.X[::-1].copy(), adata.obs, adata.var)
+
+    with pytest.raises(InputError, match=r"lacks 1 of the .* cells .*other first.*other cells"):
+        source_of(given, renamed)
+    with pytest.raises(InputError, match="other rows than the model gives"):
+        source_of(given, recounted)
+    for name, other in {"model": "scgpt", "counts": "some", "layer": "3"}.items():
+        with pytest.raises(InputError, match=f"--{name}={other}, but"):
+            source_of(given | {name: other})
+
+    real = store.open(extracted)
+    for changed, said in {
+        "checkpoint_sha256": ({"model.pt": "0" * 64}, "extracted with other weights"),
+        "preprocessing": ({"odd": 1}, "other settings than the model's own.*odd"),
+        "pooling": ("tokens", "concepts are of cells"),
+    }.items():
+        value, message = said if isinstance(said, tuple) else (said, "")
+        altered = dataclasses.replace(real, extraction=real.extraction | {changed: value})
+        monkeypatch.setattr(store, "open", lambda _, altered=altered: altered)
+        with pytest.raises(InputError, match=message):
+            source_of(given)
+
+
+def test_without_the_model_what_needs_none_is_done(
+    extracted: Path, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.rmtree(extracted.parent / "model")
+    picture = pixel(tmp_path)
+    monkeypatch.setattr(
+        concepts_page,
+        "draw",
+        lambda *_: dict.fromkeys(("cells", "strengths", "confusion"), picture),
+    )
+    monkeypatch.setattr(concepts_learned, "methods", lambda x, made, *_: {"TopK": made})
+    monkeypatch.setattr(concepts_learned, "phases", lambda *_: {})
+    out = launch(
+        **settings | {
+            "embedding": str(extracted), "checkpoint": None, "workdir": str(tmp_path / "out"),
+            "seeds": ["0"], "most": 3,
+        }
+    )  # fmt: skip
+    needs_model = {"attribution.parquet", "samples.parquet", "gsea_attribution.parquet", "scvi",
+                   "deletion.parquet", "deletion_held_out.parquet", "table_6.csv", "causal.parquet",
+                   "fidelity.parquet"}  # fmt: skip
+    of_seeds = {"stability.parquet", "consensus"}
+    missing = set(concepts.FILES) - {path.name for path in out.iterdir()}
+    assert missing == needs_model | of_seeds | {"figures"}
+    assert "Left out, since the model" in (out / "report.html").read_text()
+    table = pd.read_parquet(out / "features.parquet").set_index("feature")
+    dge = pd.read_parquet(out / "dge.parquet")
+    name = dge["feature"].iloc[0]
+    best = dge[dge["feature"] == name].set_index("gene")["t"].idxmax()
+    assert table.loc[name, "top_genes"].split(", ")[0] == best
+    assert not [column for column in table if column.startswith("attribution:")]
+    assert pd.read_csv(out / "strengths.csv")["kind"].tolist() == ["concepts, DGE"]
+    about = json.loads(anndata.read_h5ad(out / "features.h5ad").uns["about"])
+    assert about["model"] == "scvi"
+    assert "dge" in about["named_by"]

@@ -19,7 +19,6 @@
   ).split(" ");
 
   const bytes = (hex) => [0, 2, 4].map((at) => parseInt(hex.slice(at, at + 2), 16));
-  const css = ([red, green, blue]) => `rgb(${red},${green},${blue})`;
 
   /** The value of a CSS variable of the page. */
   const variable = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
@@ -56,6 +55,33 @@
   /** The colour of a category by its place in the legend; after the last it starts again. */
   const category = (place) => bytes(CATEGORIES[place % CATEGORIES.length]);
 
+  /** Codes as places in the legend: the most frequent categories first, the others together.
+
+      {slots (uint8 per point), entries: [{name, code (null: several), n, colour: RGB or null (grey)}]}. */
+  function legend({ codes, categories, missing, colours }) {
+    const counts = new Uint32Array(Math.max(categories.length, (missing ?? -1) + 1));
+    for (let i = 0; i < codes.length; i++) counts[codes[i]]++;
+    const present = Array.from(counts.keys()).filter((code) => counts[code] && code !== missing);
+    const listed = present.length <= CATEGORIES.length ? present
+      : [...present].sort((a, b) => counts[b] - counts[a]).slice(0, CATEGORIES.length).sort((a, b) => a - b);
+    const entries = listed.map((code, place) => ({
+      name: String(categories[code]), code, n: counts[code],
+      colour: colours ? parsed(colours[code]) : category(place),
+    }));
+    const place = new Uint8Array(counts.length).fill(entries.length);
+    listed.forEach((code, i) => (place[code] = i));
+    const others = present.length - listed.length;
+    if (others) {
+      const n = present.reduce((sum, code) => sum + counts[code], 0) - entries.reduce((sum, each) => sum + each.n, 0);
+      entries.push({ name: `${others} others`, code: null, n, colour: null });
+    }
+    if (missing !== null && missing !== undefined && counts[missing]) {
+      place[missing] = entries.length;
+      entries.push({ name: "missing", code: missing, n: counts[missing], colour: null });
+    }
+    return { slots: Uint8Array.from(codes, (code) => place[code]), entries };
+  }
+
   /** Where values lie in a range, in [0, 1], clipped; by their logarithm if asked. */
   function scale([low, high], log) {
     const turn = log ? Math.log : (value) => value;
@@ -88,6 +114,6 @@
 
   SAE.colours = {
     n: CATEGORIES.length,
-    category, css, dark, parsed, scale, sequential, sequentialPalette, ticks, variable,
+    category, dark, legend, parsed, scale, sequential, sequentialPalette, ticks, variable,
   };
 })();

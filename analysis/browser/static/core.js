@@ -252,6 +252,7 @@
   SAE.keys({
     "/": [() => document.querySelector("#search")?.focus(), "search"],
     "?": [help, "these keys"],
+    r: [() => SAE.random(), "a random named feature"],
     o: [() => location.assign(SAE.link.overview()), "overview"],
     t: [turn, "light or dark"],
   });
@@ -267,6 +268,22 @@
     body.append(dialog);
     dialog.showModal();
   }
+
+  // Without its address: what is behind # is the page's state.
+  document.querySelector(".skip")?.addEventListener("click", (event) => {
+    event.preventDefault();
+    document.querySelector("#main").focus();
+  });
+
+  /** A feature that has a name: one that a term names, where any is. */
+  SAE.random = async function () {
+    if (live) return location.assign(`${base}/random`);
+    const { names, columns } = await SAE.load("features");
+    const all = names.map((_, i) => i);
+    const named = columns.n_terms ? all.filter((i) => columns.n_terms[i] > 0) : all;
+    const chosen = named[Math.floor(Math.random() * named.length)] ?? 0;
+    location.assign(SAE.link.feature(chosen, names[chosen]));
+  };
 
   /* Light and dark -------------------------------------------------------------------------- */
 

@@ -11,7 +11,6 @@
   const document_ = (part) => () => SAE.load(`${subject}/${part}`);
   let name = document.querySelector("#head h1").textContent;
 
-  /** Calls back once, when a panel comes near the screen. */
   const seen = new Map();
   const observer = new IntersectionObserver(
     (entries) => {
@@ -23,9 +22,12 @@
     },
     { rootMargin: "300px" },
   );
+  /** Fills a panel when it comes near the screen: a promise of when that is done. */
   function lazily(id, make, render) {
-    seen.set(panel(id), () => SAE.fill(panel(id), make, render));
-    observer.observe(panel(id));
+    return new Promise((resolve) => {
+      seen.set(panel(id), () => resolve(SAE.fill(panel(id), make, render)));
+      observer.observe(panel(id));
+    });
   }
 
   /** A labelled select whose choice is part of the address. */
@@ -120,9 +122,11 @@
 
   /* Cells ----------------------------------------------------------------------------------- */
 
-  lazily("cells", () => ({}), (_, content) => SAE.cells(content, feature, name).catch((error) => {
-    content.append(element("p", { class: "failed", role: "alert" }, error.message));
-  }));
+  SAE.plots.after(lazily("cells", async () => {
+    const [made, page] = [element("div"), await SAE.load(`${subject}/page`)];
+    await SAE.cells(made, feature, page.name);
+    return made;
+  }, (made, content) => content.append(made)).then(() => new Promise(requestAnimationFrame)));
 
   /** What the page says of its cells, or why it has none. */
   const ofCells = async () => {
@@ -156,9 +160,9 @@
   lazily("histogram", ofCells, ({ histogram }, content) => {
     const { edges, counts, n_silent: silent } = histogram;
     content.append(element("p", { class: "note" }, `${number(silent)} cells in which it is silent are left out.`));
-    return SAE.plots.histogram(content, edges, counts, {
+    SAE.plots.histogram(content.appendChild(element("div")), edges, counts, {
       label: `Histogram of ${name}'s activation`, name: `${name}_histogram`, x: "activation", y: "cells",
-    }).catch((error) => content.append(element("p", { class: "failed" }, error.message)));
+    });
   });
 
   lazily("bands", ofCells, ({ bands }, content) => {
@@ -205,7 +209,7 @@
         name: `${name}_attribution`, x: `attribution${which === null ? ", average" : ""}`,
         onpick: (row) => location.assign(SAE.link.gene(row.gene, row.name)),
         csv: () => [["gene", "attribution", "description"], rows.map((row) => [row.name, row.value, row.description])],
-      }).catch((error) => plot.append(element("p", { class: "failed" }, error.message)));
+      });
       SAE.table(list, [
         columns.gene, columns.number("value", "Attribution"),
         { name: "description", title: "What it is", long: true, render: (text, row) => element("div", {}, [text ? element("div", {}, text) : null, SAE.abroad(row.name)]) },
@@ -320,7 +324,7 @@
         SAE.plots.curves(drawing, [{ name: row.name, x: at, y: sum }], {
           label: `Running sum of ${row.name}`, name: `${name}_gsea_${row.term}`, height: 280, x: "rank of the gene", y: "running sum",
           ticks: hits, floor: Math.min(0, ...sum) - 0.06,
-        }).catch((error) => drawing.append(element("p", { class: "failed" }, error.message)));
+        });
         if (row.lead?.length) curve.append(element("p", { class: "note" }, `Leading edge: ${row.lead.slice(0, 30).join(", ")}${row.lead.length > 30 ? " …" : ""}`));
       };
       const curveColumn = {
@@ -366,7 +370,7 @@
       place.replaceChildren(drawing, told ? element("p", { class: "note" }, `Area under the curve (${kind === "deletion" ? "less" : "more"}: the first genes matter more): ${told}.`) : "");
       SAE.plots.curves(drawing, shown.map((each) => ({ name: each.order, x: each.n_genes, y: each.activation })), {
         label: `Curves of ${kind}, ${name}`, name: `${name}_${kind}`, height: 300, x: "genes exchanged", y: "share of the activation",
-      }).catch((error) => drawing.append(element("p", { class: "failed" }, error.message)));
+      });
     };
     content.append(
       element("div", { class: "tools" }, [

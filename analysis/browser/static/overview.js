@@ -5,7 +5,7 @@
   const SAE = window.SAE;
   const { element, state, number } = SAE;
   const SIZE = 50;
-  const FIRST = ["name", "label", "auroc", "term", "term_q", "n_active", "density", "scope", "replication", "technical", "top_genes"];
+  const FIRST = ["name", "label", "auroc", "n_active", "replication", "term", "term_q", "top_genes", "scope", "technical"];
   const form = document.querySelector("#filters");
   const fields = [...form.elements].filter((field) => field.name);
   const table = document.querySelector("#table");

@@ -103,6 +103,72 @@
     return new Promise((resolve) => canvas.toBlob(resolve, "image/png"));
   }
 
+  /* Marks around points */
+
+  const ink = (name) => SAE.colours.variable(name);
+
+  /** Axes of a box [left, top, width, height] over two ranges, with titles {x, y}. */
+  function axes([left, top, width, height], [lowX, highX], [lowY, highY], titles) {
+    const muted = ink("--muted");
+    const bottom = top + height;
+    const marks = [{ line: [[left, top], [left, bottom], [left + width, bottom]], colour: ink("--line") }];
+    for (const value of SAE.colours.ticks(lowX, highX, Math.max(2, Math.round(width / 80)))) {
+      const x = left + (width * (value - lowX)) / (highX - lowX);
+      marks.push({ line: [[x, bottom], [x, bottom + 4]], colour: muted });
+      marks.push({ text: SAE.number(value), x, y: bottom + 16, anchor: "middle", colour: muted });
+    }
+    for (const value of SAE.colours.ticks(lowY, highY, Math.max(2, Math.round(height / 60)))) {
+      const y = bottom - (height * (value - lowY)) / (highY - lowY);
+      marks.push({ line: [[left - 4, y], [left, y]], colour: muted });
+      marks.push({ text: SAE.number(value), x: left - 7, y: y + 4, anchor: "end", colour: muted });
+    }
+    marks.push({ text: titles.x, x: left + width / 2, y: bottom + 34, anchor: "middle", colour: muted, size: 12 });
+    marks.push({ text: titles.y, x: 13, y: top + height / 2, anchor: "middle", turned: true, colour: muted, size: 12 });
+    return marks;
+  }
+
+  /** Texts {text, x, y, beside (a point, else centred)} within a box, those that fit; the first first. */
+  function labels([left, top, width, height], texts) {
+    const taken = [];
+    const marks = [];
+    for (const { text, x, y, beside } of texts) {
+      const half = 3.5 * text.length + 4; // of its width, of letters 12 pixels high
+      const at = beside ? x + (x > width / 2 ? -half - 6 : half + 6) : x;
+      const middle = Math.min(width - half, Math.max(half, at));
+      const box = [middle - half, y - 8, middle + half, y + 6];
+      const free = taken.every((b) => box[0] > b[2] || box[2] < b[0] || box[1] > b[3] || box[3] < b[1]);
+      if (!free || x < 0 || x > width || y < 8 || y > height) continue;
+      taken.push(box);
+      marks.push({
+        text, x: left + middle, y: top + y + 4, anchor: "middle", size: 12, colour: ink("--ink"), halo: ink("--card"),
+      });
+    }
+    return marks;
+  }
+
+  /** A colour bar on a line, {low, high, log, title}: its marks and where they end. */
+  function scale({ low, high, log, title }, y) {
+    const dark = SAE.colours.dark();
+    const marks = Array.from({ length: 64 }, (_, i) => (
+      { rect: [60 + 2.5 * i, y - 9, 3, 10], fill: `rgb(${SAE.colours.sequential(i / 63, dark).join(",")})` }
+    ));
+    marks.push({ text: SAE.number(low), x: 54, y, anchor: "end", colour: ink("--ink") });
+    marks.push({ text: `${SAE.number(high)}  ${title || ""}${log ? " (log)" : ""}`, x: 228, y, colour: ink("--ink") });
+    return [marks, y + 10];
+  }
+
+  /** Categories {name, colour} in columns: their marks and where they end. */
+  function list(entries, width, y) {
+    const columns = Math.max(1, Math.floor(width / 180));
+    const marks = entries.flatMap((each, i) => {
+      const [left, base] = [8 + 180 * (i % columns), y + 16 * Math.floor(i / columns)];
+      const fill = each.colour ? `rgb(${each.colour.join(",")})` : ink("--muted");
+      const text = each.name.length > 26 ? `${each.name.slice(0, 25)}…` : each.name;
+      return [{ disc: [left + 4, base - 4, 4], fill }, { text, x: left + 13, y: base, colour: ink("--ink") }];
+    });
+    return [marks, entries.length ? y + 16 * Math.ceil(entries.length / columns) - 6 : y - 16];
+  }
+
   const TYPES = { png: "image/png", svg: "image/svg+xml", csv: "text/csv" };
   /** Buttons that download: {png: () => Blob, svg: () => text, csv: () => [columns, rows]}.
 
@@ -127,5 +193,5 @@
     return SAE.element("div", { class: "downloads", role: "group", "aria-label": "Download" }, buttons);
   };
 
-  SAE.picture = { paint, png, svg };
+  SAE.picture = { axes, labels, list, paint, png, scale, svg };
 })();

@@ -11,10 +11,16 @@
     showEditInChartStudio: false, linkText: "", scrollZoom: false, doubleClick: false,
   };
   let loading = null;
+  let before = Promise.resolve();
+
+  /** Plots wait for a promise, so that plotly (5 MB) does not hold up what is more urgent; not for long. */
+  const after = (promise) => {
+    before = Promise.race([promise, new Promise((resolve) => setTimeout(resolve, 2000))]).catch(() => null);
+  };
 
   /** A promise of plotly. */
   function plotly() {
-    loading = loading || new Promise((resolve, reject) => {
+    loading = loading || before.then(() => new Promise((resolve, reject) => {
       const script = document.createElement("script");
       script.src = document.body.dataset.plotly;
       script.onload = () => resolve(window.Plotly);
@@ -23,7 +29,7 @@
         reject(new Error("The plots' program did not load: reload the page."));
       };
       document.head.append(script);
-    });
+    }));
     return loading;
   }
 
@@ -40,14 +46,26 @@
     };
   }
 
-  /** A plot in `element`, a promise of when it is drawn.
+  /** A plot in `element`: a promise of when it is drawn, or of what is said in its place.
 
       options: {label (for those who do not see it), name (of files), height, csv() -> [columns, rows],
       traces() and layout() (asked again when light turns to dark), onclick(point)}. */
   async function plot(element, options) {
     const holder = SAE.element("div", { class: "plot", role: "img", "aria-label": options.label });
     holder.style.height = `${options.height || 280}px`;
-    const Plotly = await plotly();
+    element.append(holder);
+    const waiting = setTimeout(() => {
+      holder.append(SAE.element("p", { class: "waiting", role: "status" }, "Loading …"));
+    }, 1000);
+    let Plotly;
+    try {
+      Plotly = await plotly();
+    } catch (error) {
+      return element.replaceChildren(SAE.element("p", { class: "failed", role: "alert" }, error.message));
+    } finally {
+      clearTimeout(waiting);
+      holder.replaceChildren();
+    }
     const shape = () => ({
       margin: { l: 8, r: 8, t: 8, b: 8 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
       font: { family: "system-ui, Helvetica, Arial, sans-serif", size: 12, color: colour("--ink") },
@@ -66,7 +84,7 @@
       svg: () => picture("svg"),
       csv: options.csv,
     });
-    element.append(SAE.element("div", { class: "plot-tools" }, downloads), holder);
+    holder.before(SAE.element("div", { class: "plot-tools" }, downloads));
     await draw();
     if (options.onclick) holder.on("plotly_click", (event) => options.onclick(event.points[0]));
     const themed = () => (holder.isConnected ? draw() : document.removeEventListener("theme", themed));
@@ -147,5 +165,5 @@
     });
   }
 
-  SAE.plots = { bars, curves, histogram, plot, plotly, plain };
+  SAE.plots = { after, bars, curves, histogram, plot, plotly, plain };
 })();

@@ -10,7 +10,6 @@
   const C = () => SAE.colours;
   const UNIT = 65535;
   const NEAR = 8; // CSS pixels from the pointer at which a point is still meant
-  const MOST_LISTED = 24; // categories with a colour of their own; the rest is one
   const MARGIN = { left: 54, right: 10, top: 8, bottom: 42 };
   const NONE = { left: 0, right: 0, top: 0, bottom: 0 };
   let number = 0;
@@ -65,33 +64,6 @@
     for (let i = 0; i < rows.length; i++) made[i] = array[rows[i]];
     return made;
   };
-
-  /** Codes as places in the legend: the most frequent categories first, the others together.
-
-      {slots (uint8 per point), entries: [{name, code (null: several), n, colour: RGB or null (grey)}]}. */
-  function legendOf({ codes, categories, missing, colours }) {
-    const counts = new Uint32Array(Math.max(categories.length, (missing ?? -1) + 1));
-    for (let i = 0; i < codes.length; i++) counts[codes[i]]++;
-    const present = Array.from(counts.keys()).filter((code) => counts[code] && code !== missing);
-    const listed = present.length <= MOST_LISTED ? present
-      : [...present].sort((a, b) => counts[b] - counts[a]).slice(0, MOST_LISTED).sort((a, b) => a - b);
-    const entries = listed.map((code, place) => ({
-      name: String(categories[code]), code, n: counts[code],
-      colour: colours ? C().parsed(colours[code]) : C().category(place),
-    }));
-    const place = new Uint8Array(counts.length).fill(entries.length);
-    listed.forEach((code, i) => (place[code] = i));
-    const others = present.length - listed.length;
-    if (others) {
-      const n = present.reduce((sum, code) => sum + counts[code], 0) - entries.reduce((sum, each) => sum + each.n, 0);
-      entries.push({ name: `${others} others`, code: null, n, colour: null });
-    }
-    if (missing !== null && missing !== undefined && counts[missing]) {
-      place[missing] = entries.length;
-      entries.push({ name: "missing", code: missing, n: counts[missing], colour: null });
-    }
-    return { slots: Uint8Array.from(codes, (code) => place[code]), entries };
-  }
 
   /** A cloud of points.
 
@@ -199,7 +171,7 @@
         what was chosen earlier. */
     function colour(next) {
       spec = { kind: "flat", ...next };
-      legend = spec.kind === "category" ? legendOf(spec) : null;
+      legend = spec.kind === "category" ? C().legend(spec) : null;
       if (legend) {
         const hidden = new Set(spec.hidden || []);
         legend.entries.forEach((each) => (each.hidden = hidden.has(each.name)));
@@ -298,7 +270,7 @@
       list.push({
         ...layers, low: range.low, high: range.high, log: range.log, palette: palette(), radius: topRadius() * ratio,
       });
-      const { quick } = SAE.renderer();
+      const { quick } = SAE.renderer(x.length);
       for (const layer of list) layer.step = moving ? Math.min(63, Math.ceil(layer.x.length / quick) || 1) : 1;
       return { width, height, paper: C().parsed(C().variable("--card")), view: sight(), layers: list };
     }
@@ -316,7 +288,7 @@
       const [w, h] = [Math.round(width * ratio), Math.round(height * ratio)];
       if (canvas.width !== w) canvas.width = w;
       if (canvas.height !== h) canvas.height = h;
-      const renderer = SAE.renderer();
+      const renderer = SAE.renderer(x.length);
       whole.dataset.renderer = renderer.name;
       renderer.draw(scene(w, h, ratio), canvas.getContext("2d"));
       drawOverlay();
@@ -331,52 +303,19 @@
       SAE.picture.paint(context, [...axisMarks(), ...labelMarks(), ...lassoMarks(), ...hoverMarks()]);
     }
 
-    function labelMarks() {
-      const [width, height] = inner();
-      const taken = [];
-      const marks = [];
-      for (const each of labels) {
-        const unit = each.at ? fromData(each.at) : [x[each.row] / UNIT, y[each.row] / UNIT];
-        const [px, py] = toPixels(...unit);
-        const wide = 3.5 * each.text.length + 4; // half of it, of letters 12 pixels high
-        // Beside a point, and on the middle of a group.
-        const middle = Math.min(width - wide, Math.max(wide, each.at ? px : px + (px > width / 2 ? -wide - 6 : wide + 6)));
-        const box = [middle - wide, py - 8, middle + wide, py + 6];
-        const free = taken.every((b) => box[0] > b[2] || box[2] < b[0] || box[1] > b[3] || box[3] < b[1]);
-        if (!free || px < 0 || px > width || py < 8 || py > height) continue;
-        taken.push(box);
-        marks.push({
-          text: each.text, x: margin.left + middle, y: margin.top + py + 4, anchor: "middle", size: 12,
-          colour: C().variable("--ink"), halo: C().variable("--card"),
-        });
-      }
-      return marks;
-    }
-
     function axisMarks() {
       if (!axes) return [];
-      const [width, height] = inner();
-      const [ink, line] = [C().variable("--muted"), C().variable("--line")];
       const [x0, x1, y0, y1] = sight();
-      const [lowX, lowY] = toData([x0, y0]);
-      const [highX, highY] = toData([x1, y1]);
-      const [left, bottom] = [margin.left, margin.top + height];
-      const marks = [{ line: [[left, margin.top], [left, bottom], [left + width, bottom]], colour: line }];
-      for (const value of C().ticks(lowX, highX, Math.max(2, Math.round(width / 80)))) {
-        const px = left + toPixels(fromData([value, 0])[0], 0)[0];
-        marks.push({ line: [[px, bottom], [px, bottom + 4]], colour: ink });
-        marks.push({ text: SAE.number(value), x: px, y: bottom + 16, anchor: "middle", colour: ink });
-      }
-      for (const value of C().ticks(lowY, highY, Math.max(2, Math.round(height / 60)))) {
-        const py = margin.top + toPixels(0, fromData([0, value])[1])[1];
-        marks.push({ line: [[left - 4, py], [left, py]], colour: ink });
-        marks.push({ text: SAE.number(value), x: left - 7, y: py + 4, anchor: "end", colour: ink });
-      }
-      marks.push({ text: axes.x, x: left + width / 2, y: bottom + 34, anchor: "middle", colour: ink, size: 12 });
-      marks.push({ text: axes.y, x: 13, y: margin.top + height / 2, anchor: "middle", turned: true, colour: ink, size: 12 });
-      return marks;
+      const [low, high] = [toData([x0, y0]), toData([x1, y1])];
+      return SAE.picture.axes([margin.left, margin.top, ...inner()], [low[0], high[0]], [low[1], high[1]], axes);
     }
-
+    function labelMarks() {
+      const placed = labels.map(({ text, row, at }) => {
+        const [px, py] = toPixels(...(at ? fromData(at) : [x[row] / UNIT, y[row] / UNIT]));
+        return { text, x: px, y: py, beside: !at };
+      });
+      return SAE.picture.labels([margin.left, margin.top, ...inner()], placed);
+    }
     function lassoMarks() {
       if (!polygon || polygon.length < 2) return [];
       const line = polygon.map((point) => {
@@ -714,33 +653,12 @@
       const [width, height] = inner();
       const image = document.createElement("canvas");
       [image.width, image.height] = [Math.round(width * ratio), Math.round(height * ratio)];
-      SAE.renderer().draw(scene(image.width, image.height, ratio), image.getContext("2d"));
+      SAE.renderer(x.length).draw(scene(image.width, image.height, ratio), image.getContext("2d"));
       const all = [{ image, x: margin.left, y: margin.top, width, height }, ...axisMarks(), ...labelMarks(), ...lassoMarks()];
-      const ink = C().variable("--ink");
-      let bottom = size[1] + 16;
-      if (spec.kind === "number") {
-        const onDark = C().dark();
-        for (let i = 0; i < 64; i++) {
-          const fill = `rgb(${C().sequential(i / 63, onDark).join(",")})`;
-          all.push({ rect: [60 + 2.5 * i, bottom - 9, 3, 10], fill });
-        }
-        all.push({ text: SAE.number(spec.low), x: 54, y: bottom, anchor: "end", colour: ink });
-        const note = `${SAE.number(spec.high)}  ${spec.title || ""}${spec.log ? " (log)" : ""}`;
-        all.push({ text: note, x: 228, y: bottom, colour: ink });
-        bottom += 10;
-      } else if (legend) {
-        const columns = Math.max(1, Math.floor(size[0] / 180));
-        const listed = legend.entries.filter((each) => !each.hidden);
-        listed.forEach((each, i) => {
-          const [px, py] = [8 + 180 * (i % columns), bottom + 16 * Math.floor(i / columns)];
-          const fill = each.colour ? `rgb(${each.colour.join(",")})` : C().variable("--muted");
-          all.push({ disc: [px + 4, py - 4, 4], fill });
-          all.push({ text: each.name.slice(0, 28), x: px + 13, y: py, colour: ink });
-        });
-        bottom += 16 * Math.ceil(listed.length / columns) - 6;
-      } else {
-        bottom = size[1];
-      }
+      const listed = legend ? legend.entries.filter((each) => !each.hidden) : [];
+      const [more, bottom] = spec.kind === "number"
+        ? SAE.picture.scale(spec, size[1] + 16) : SAE.picture.list(listed, size[0], size[1] + 16);
+      all.push(...more);
       return [all, size[0], bottom];
     }
     const png = () => {
@@ -817,5 +735,5 @@
     };
   }
 
-  SAE.points = Object.assign(points, { gridOf, inside, legendOf, quantise });
+  SAE.points = Object.assign(points, { gridOf, inside, quantise });
 })();

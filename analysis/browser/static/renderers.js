@@ -143,8 +143,8 @@
       prepare();
       document.dispatchEvent(new CustomEvent("theme")); // every cloud draws itself again
     });
-    const quick = /SwiftShader|llvmpipe|softpipe|Basic Render/i.test(device) ? 60000 : 3000000;
-    return { name: "webgl", device, quick, draw, forget, lost: () => gl.isContextLost() };
+    const software = /SwiftShader|llvmpipe|softpipe|Basic Render/i.test(device);
+    return { name: "webgl", device, quick: software ? 60000 : 3000000, most: software ? 200000 : Infinity, draw, forget, lost: () => gl.isContextLost() };
   }
 
   /** The same picture from plain arrays. */
@@ -195,10 +195,11 @@
   }
 
   let shared, fallback;
-  /** The page's renderer: WebGL, and the raster where that is missing or has been lost. */
-  SAE.renderer = function () {
+  /** The page's renderer of n points: WebGL, and the raster where that is missing or has been lost, or
+      is software and slower than the raster (a microsecond a point, against a quarter of it). */
+  SAE.renderer = function (n = 0) {
     if (shared === undefined) shared = webgl();
-    if (shared && !shared.lost()) return shared;
+    if (shared && !shared.lost() && n <= shared.most) return shared;
     return (fallback = fallback || raster());
   };
 })();

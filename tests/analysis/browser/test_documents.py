@@ -97,6 +97,16 @@ def test_activations_are_those_of_the_file(run: Run, adata: anndata.AnnData) -> 
         assert np.allclose(found["values"] / 65535 * found["max"], truth, atol=found["max"] / 1e5)
 
 
+def test_a_faint_activation_is_no_silence(folder: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "run"))
+    adata = anndata.read_h5ad(copy / "features.h5ad")
+    adata.X.data[0] = 1e-9
+    feature = int(adata.X.indices[0])
+    adata.write_h5ad(copy / "features.h5ad")
+    found = document(Run.open([copy], tmp_path / "state"), f"feature/{feature}/activation")
+    assert (found["rows"][0], found["values"][0]) == (0, 1)
+
+
 def test_a_feature_page(run: Run, adata: anndata.AnnData) -> None:
     x = adata.X.toarray()
     for i in (0, 50, 95):
@@ -142,7 +152,11 @@ def test_a_feature_page(run: Run, adata: anndata.AnnData) -> None:
                 assert value == (None if missing else cell[name])
 
 
-def test_the_features_nearest(run: Run, adata: anndata.AnnData) -> None:
+@pytest.mark.parametrize("stretch", [1, 50, 1 << 20])
+def test_the_features_nearest(
+    run: Run, adata: anndata.AnnData, stretch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("analysis.browser.feature_documents.STRETCH", stretch)
     correlation = np.corrcoef(adata.X.toarray().T)
     decoder = adata.varm["decoder"].astype(np.float64)
     unit = decoder / np.linalg.norm(decoder, axis=1, keepdims=True)
@@ -394,6 +408,32 @@ def test_every_naming_of_the_lens_not_its_ten_best_alone(folder: Path, tmp_path:
     for row in lens:
         assert np.isclose(row["log10_q"], own["log10_q_change"][row["feature"]])
         assert np.isclose(row["auc"], own["auc"][row["feature"]])
+
+
+def test_terms_of_a_quickstart(folder: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "run"))
+    for name in ("top_terms", "gsea_attribution"):
+        (copy / f"{name}.parquet").unlink()
+    (copy / "lens.json").rename(copy / "quickstart.json")
+    long = pd.read_parquet(copy / "enrichment.parquet").astype({"feature": str, "term": str})
+    long["log10_q_change"] *= 2
+    long.to_parquet(copy / "enrichment.parquet", index=False)
+    features = pd.read_parquet(copy / "features.parquet").drop(columns="best_term_log10_q")
+    features["best_term_q"] = np.where(features["best_term"].notna(), 0.01, np.nan)
+    features.to_parquet(copy / "features.parquet", index=False)
+    run = Run.open([copy], tmp_path / "state")
+    named = features.loc[features["best_term"].notna(), "feature"]
+    passed = long[long["feature"].isin(named) & (long["log10_q_change"] >= -np.log10(0.05))]
+    count = passed.groupby("feature").size().reindex(run.names).fillna(0)
+    assert run.features["n_terms"].tolist() == count.tolist()
+    assert 0 < count.max()
+    assert np.nanmax(run.features["term_log10_q"]) == pytest.approx(2)
+    i = run.feature(named.iloc[0])
+    found = document(run, f"feature/{i}/terms")["rows"]
+    own = long[long["feature"] == run.names[i]].sort_values("log10_p_change", ascending=False)
+    assert [row["name"] for row in found] == own["term"].tolist()[:20]
+    terms = set(passed.loc[passed["feature"] == run.names[i], "term"])
+    assert {row["name"] for row in found if row["named"]} == terms & {r["name"] for r in found}
 
 
 # The run

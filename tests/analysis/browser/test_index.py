@@ -1,9 +1,11 @@
 """The index against the files it is made of, whatever its parts' size; when it is made anew."""
 
 from pathlib import Path
+from typing import Any
 
 import anndata
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -66,6 +68,28 @@ def test_ties_and_lonely_labels() -> None:
         assert active[f].tolist() == [(x[codes == v, f] > 0).sum() for v in (0, 1)]
     alone = index.label_areas(sparse.csc_array(x), [index.OneHot(np.zeros(60, int), 1)])[0]
     assert np.isnan(alone).all()
+
+
+@pytest.mark.parametrize(
+    ("values", "label", "kind", "categories", "missing"),
+    [
+        ([2, 10, 2, 1], True, "category", ["1", "2", "10"], None),
+        ([2, 10, 2, 1], False, "number", None, None),
+        (["b", None, "a", "b"], False, "category", ["a", "b"], 2),
+        (pd.Categorical(["b", "a", "b"], ["z", "b", "a"]), False, "category", ["b", "a"], None),
+        ([True, False, True, True], False, "category", ["False", "True"], None),
+        (["w", "x", "y", "z"], False, "name", None, None),
+    ],
+)  # fmt: skip
+def test_what_a_column_of_the_cells_is(
+    tmp_path: Path, values: Any, label: bool, kind: str, categories: list[str] | None,
+    missing: int | None,
+) -> None:  # fmt: skip
+    writer = index.Writer(tmp_path / "index")
+    held = index._write_column(writer, "x", pd.Series(values), label)
+    assert (held["kind"], held.get("categories"), held.get("missing")) == (
+        kind, categories, missing
+    )  # fmt: skip
 
 
 def test_the_size_of_the_parts_changes_nothing(

@@ -176,7 +176,7 @@ def test_webgl_draws_each_point_where_it_is_in_its_colour(page: "sync_api.Page")
 
 COLOURS = {
     "flat": {"kind": "flat"},
-    "log": {"kind": "number", "values": np.geomspace(0.01, 9, 500).tolist(), "log": True},
+    "log": {"kind": "number", "values": [-1.0, 0.0, *np.geomspace(0.01, 9, 498)], "log": True},
     "category": {
         "kind": "category", "codes": (np.arange(500) % 4).tolist(),
         "categories": ["T cell", "B cell", "NK"], "missing": 3, "hidden": ["NK"],
@@ -205,7 +205,7 @@ def test_the_canvas_draws_the_same_picture_where_webgl_is_missing(
         assert len(np.unique(drawn[name].reshape(-1, 3), axis=0)) > 5
         # Edges are rounded apart by a few levels, and nothing else.
         assert np.quantile(apart, 0.999) <= 16
-        assert (apart > 64).mean() < 1e-4
+        assert (apart > 64).sum() <= 5
 
 
 def test_a_hidden_category_is_neither_drawn_nor_found(page: "sync_api.Page") -> None:
@@ -365,10 +365,16 @@ def test_one_context_serves_all_and_may_be_lost(page: "sync_api.Page", site: str
         };"""
     )
     page.goto(site)
-    for colour in COLOURS.values():
-        draw(page, cells(), colour=colour)
-    assert page.evaluate("contexts.length") == 1
+    draw(page, cells(), colour=COLOURS["flat"])
+    # A small cloud after a large one: it is copied from its own corner of the shared canvas.
+    data = {"x": [0, 65535], "y": [0, 65535]}
+    two = {"kind": "category", "codes": [0, 1], "categories": ["a", "b"]}
+    draw(page, data, colour=two, height=150)
+    expected = page.evaluate("[0, 1].map(SAE.colours.category)")
+    shown = [pixels(page)[int(y), int(x)].tolist() for x, y in places(page, 2)]
+    assert shown == expected
     draw(page, cells(), colour=COLOURS["category"])
+    assert page.evaluate("contexts.length") == 1
     before = pixels(page)
     page.evaluate("contexts[0].getExtension('WEBGL_lose_context').loseContext()")
     page.evaluate("cloud.redraw()")
@@ -385,7 +391,7 @@ def test_ticks_and_many_categories(page: "sync_api.Page") -> None:
     found = page.evaluate(
         """() => { const codes = [];
         for (let i = 0; i < 40; i++) for (let j = 0; j <= i; j++) codes.push(i);
-        codes.push(40); const made = SAE.points.legendOf({codes, missing: 40,
+        codes.push(40); const made = SAE.colours.legend({codes, missing: 40,
         categories: Array.from({length: 40}, (_, i) => `type ${i}`)});
         return [made.entries.map(e => [e.name, e.n]), Array.from(made.slots), codes]; }"""
     )
@@ -442,7 +448,8 @@ def test_plots_draw_under_the_policy(page: "sync_api.Page") -> None:
     assert sorted(ticks) == sorted([EVIL, "LYZ"])
     box = page.locator(".plot .bars .point path").last.bounding_box()
     page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
-    assert page.locator(".hoverlayer text").text_content().startswith(EVIL)
+    # What a file says is shown as it is written: plotly would make tags of it.
+    assert page.locator(".hoverlayer text").text_content() == f"{EVIL}2<b>a</b> description"
     page.mouse.down()
     page.mouse.up()
     until(page, "window.picked")
