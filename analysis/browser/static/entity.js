@@ -114,5 +114,4 @@
     lists.replaceChildren();
     drawn[kind](found, content);
   });
-  SAE.keys({ r: [() => location.assign(SAE.live ? `${document.body.dataset.base}/random` : SAE.link.overview()), "random annotated feature"] });
 })();

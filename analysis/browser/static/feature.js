@@ -102,22 +102,10 @@
     panel("head").querySelector(".steps").replaceChildren(...[
       step(previous, "← Previous", "p"),
       step(next, "Next →", "n"),
-      element("button", { type: "button", title: "a random annotated feature (key r)", onclick: random }, "Random"),
+      element("button", { type: "button", title: "a random annotated feature (key r)", onclick: () => SAE.random() }, "Random"),
     ].filter(Boolean));
     const go = (other) => () => other && location.assign(address(other));
     SAE.keys({ n: [go(next), "next feature"], p: [go(previous), "previous feature"] });
-  }
-  SAE.keys({ r: [random, "random annotated feature"] });
-
-  /** Another feature that a term or a label names. */
-  async function random() {
-    const [all, about] = await Promise.all([SAE.load("features"), SAE.load("about")]);
-    const titles = about.table_columns.map((each) => each.name);
-    const key = ["term", "label"].find((each) => titles.includes(each) && (SAE.values(all, each) || []).some(Boolean));
-    const values = key ? SAE.values(all, key) : all.names;
-    const annotated = [...all.names.keys()].filter((i) => i !== feature && values[i]);
-    const next = annotated[Math.floor(Math.random() * annotated.length)];
-    if (next !== undefined) location.assign(address({ feature: next, name: all.names[next] }));
   }
 
   /* Cells ----------------------------------------------------------------------------------- */
