@@ -13,7 +13,13 @@ EXTRAS = {
     "extract": ["torch>=2.4", "transformers>=4.44"],
     "tensorboard": ["tensorboardX>=2.6"],
     "search": ["optuna>=4"],
-    "browser": ["jinja2>=3.1", "plotly>=6", "starlette>=0.45", "statsmodels>=0.14", "uvicorn>=0.30"],
+    "browser": [
+        "jinja2>=3.1",
+        "plotly>=6",
+        "starlette>=0.45",
+        "statsmodels>=0.14",
+        "uvicorn>=0.30",
+    ],
     "cuda": ["jax[cuda13]"],
 }
 EXTRAS["dev"] = [

@@ -204,9 +204,7 @@ def _pursued(x: np.ndarray, f: np.ndarray, k: int) -> sparse_matrices.csr_matrix
     for rows in slices(len(x), ROWS):
         piece = np.zeros((ROWS, x.shape[1]), x.dtype)
         piece[: rows.stop - rows.start] = x[rows]
-        chosen, codes = (
-            np.array(part)[: rows.stop - rows.start] for part in _pursue(piece, f, k)
-        )
+        chosen, codes = (np.array(part)[: rows.stop - rows.start] for part in _pursue(piece, f, k))
         starts = np.arange(0, chosen.size + 1, k)
         shape = (len(chosen), len(f))
         part = sparse_matrices.csr_matrix((codes.ravel(), chosen.ravel(), starts), shape=shape)

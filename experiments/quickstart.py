@@ -32,15 +32,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import anndata
 import numpy as np
 import pandas as pd
 from absl import flags, logging
 from scipy import sparse
 
 import sae_jax
-from analysis import cells, features, gene_sets, lens, nulls, plots
-from experiments import cli, quickstart_page
+from analysis import cells, features, gene_sets, lens, nulls, plots, stability
+from experiments import cli, quickstart_page, run_folder
 from experiments import inputs as reading
 from experiments.inputs import Inputs
 from sae_jax import InputError, data, files, workdir
@@ -55,8 +54,8 @@ SEEDS = 2**31 - 2
 NULL_FEATURES = 500  # features, drawn at random, that the nulls are run on
 SETTINGS = "quickstart.json"  # written first: it tells a folder of ours from anybody's
 OUTPUTS = (
-    "manifest.json", "configs.json", "results.parquet", "history.parquet", "dictionaries", "choice.json",
-    "features.h5ad", "enrichment.parquet", "labels.csv", "figures", "report.html",
+    "manifest.json", "configs.json", "results.parquet", "history.parquet", "dictionaries",
+    "choice.json", "features.h5ad", "enrichment.parquet", "labels.csv", "figures", "report.html",
 )  # fmt: skip
 
 
@@ -121,15 +120,21 @@ def main() -> None:
     # 4. Write tables, figures and the page.
     table = features_table(z, live, found, inputs.labels)
     coordinates, axis = plots.plane(inputs.embedding)
-    adata = anndata.AnnData(
-        z,
-        obs=inputs.obs,
-        var=table,
-        obsm={f"X_{axis.lower()}": coordinates},
-        uns={"quickstart": json.dumps({**inputs.settings, "member": member, "folder": folder})},
-    )
-    with files.write_aside(out / "features.h5ad") as fresh:
-        adata.write_h5ad(fresh, compression="gzip")
+    testable = int(found.testable().sum())
+    named = int((table["top_terms"] != "").sum())
+    about = run_folder.about(
+        "quickstart", run.dictionaries[member], inputs.embedding,
+        embedding=FLAGS.embedding or "PCA", n_live=len(live), n_testable=testable, n_named=named,
+        share_named=named / testable if testable else None,
+        named_by="a term of q < .05 by the test `matched`, of the testable features",
+    )  # fmt: skip
+    maps = {"X_umap" if axis == "UMAP" else "X_pca": coordinates}
+    adata = run_folder.write_features(
+        out / "features.h5ad", "quickstart", z, inputs.obs, table,
+        decoder=stability.directions(run.dictionaries[member])[live],
+        maps=maps | run_folder.input_maps(inputs.settings["h5ad"], inputs.obs.index), about=about,
+        settings={**inputs.settings, "member": member, "folder": folder},
+    )  # fmt: skip
     lens.write(found, table.index.to_numpy(), out / "enrichment.parquet")
     best = None if inputs.labels is None else label_table(z, inputs, halves, table)
     if best is not None:

@@ -111,7 +111,7 @@ def _draw(folder: Path, findings: Findings) -> dict[str, Path]:
         shown = list(dict.fromkeys([*findings.best["feature"], *shown]))
     shown = shown[:PANELS] or list(table.nlargest(PANELS, "mean_activation").index)
     figure = plots.cells_by_feature(
-        adata.obsm[f"X_{findings.axis.lower()}"],
+        adata.obsm["X_umap" if findings.axis == "UMAP" else "X_pca"],
         findings.axis,
         adata[:, shown].X,
         [title(name, table.loc[name]) for name in shown],

@@ -30,7 +30,7 @@ RUN = {
     ),
     "gene_info": (
         "Genes have no descriptions or other names: give NCBI's table, "
-        "`sae-jax browse RUN --gene_table=Homo_sapiens.gene_info.gz`."
+        "`sae-jax browse RUN --gene_info=Homo_sapiens.gene_info.gz`."
     ),
 }
 FEATURE = {

@@ -40,11 +40,15 @@ OF_FEATURE: dict[str, Callable[[Run, int], dict[str, Any]]] = {
 }
 
 
+class NoDocumentError(KeyError):
+    """A key that the run has no document of."""
+
+
 def document(run: Run, key: str) -> dict[str, Any]:
     """The document of a key; `{"absent": why}` where no analysis of the run has what it shows.
 
     Raises:
-      KeyError: the run has no such key.
+      NoDocumentError: the run has no such key.
       InputError: a file of the run is damaged.
     """
     name, numbers = parsed(key)
@@ -58,7 +62,7 @@ def parsed(key: str) -> tuple[str, list[int]]:
     """The kind of a key ("feature/page", "label") and its numbers.
 
     Raises:
-      KeyError: it is none.
+      NoDocumentError: it is none.
     """
     words, numbers = [], []
     for part in key.split("/"):
@@ -71,7 +75,7 @@ def parsed(key: str) -> tuple[str, list[int]]:
     known = name in _DOCUMENTS or name.removeprefix("feature/") in OF_FEATURE
     again = _key(name, *numbers) if known and len(numbers) == n_numbers else None
     if again != key:
-        raise KeyError(key)
+        raise NoDocumentError(key)
     return name, numbers
 
 
@@ -97,9 +101,9 @@ def _key(name: str, *numbers: int) -> str:
 
 
 def _within(numbers: list[int] | tuple[int, ...], *bounds: int) -> tuple[int, ...]:
-    """The numbers, each below its bound; KeyError."""
+    """The numbers, each below its bound; NoDocumentError."""
     if any(number >= bound for number, bound in zip(numbers, bounds, strict=True)):
-        raise KeyError("/".join(map(str, numbers)))
+        raise NoDocumentError("/".join(map(str, numbers)))
     return tuple(numbers)
 
 
@@ -284,7 +288,7 @@ def label(run: Run, c: int, v: int) -> dict[str, Any]:
     """A label: the features that tell it best, by the AUROC of this very label."""
     place = {number: (held, own) for number, held, own in run.labels()}
     if c not in place:
-        raise KeyError(f"label/{c}/{v}")
+        raise NoDocumentError(f"label/{c}/{v}")
     held, own = place[c]
     _within((v,), len(held["categories"]))
     areas = np.array(run.index["auroc"][:, own.start + v], np.float64)

@@ -32,7 +32,9 @@ def page(run: Run, i: int) -> dict[str, Any]:
     found = {
         "index": i, "name": run.names[i], "kind": row["kind"], "latent": int(row["latent"]),
         "summary": {name: plain(value) for name, value in row.items()},
-        "previous": i - 1 if i else None, "next": i + 1 if i + 1 < run.n_features else None,
+        "previous": run.brief(i - 1) if i else None,
+        "next": run.brief(i + 1) if i + 1 < run.n_features else None,
+        "top_genes": _top_genes(run, row),
         "nearest_decoder": _nearest(run, i, _cosines(run, i)),
     }  # fmt: skip
     if not run.n_cells:
@@ -51,6 +53,14 @@ def page(run: Run, i: int) -> dict[str, Any]:
         "bands": _bands(run, cells, values),
         "nearest_activation": _nearest(run, i, correlations(run, i)),
     }  # fmt: skip
+
+
+def _top_genes(run: Run, row: pd.Series) -> list[dict[str, Any]]:
+    """The genes that the table lists, with their numbers."""
+    text = row.get("top_genes")
+    names = text.split(", ") if isinstance(text, str) else []
+    known = [name for name in names if name in run.gene_number]
+    return [{"gene": run.gene_number[name], "name": name} for name in known]
 
 
 def plain(value: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import hmac
+import secrets
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -46,6 +47,7 @@ class Pages:
 
     def __init__(self, context: Context) -> None:
         self.context, self.run = context, context.run
+        self.salt = secrets.token_hex(8)  # another start may show other columns of the same run
 
     def page(self, request: Request, template: str, status: int = 200, **values: Any) -> Response:
         """A template as a response; `values` are its variables."""
@@ -93,13 +95,15 @@ class Pages:
         """A document; 404 where the run has none of that key."""
         try:
             return documents.document(self.run, key)
-        except KeyError:
+        except documents.NoDocumentError:
             raise HTTPException(404, f"There is no {key[:100]!r} in this run.") from None
+        except InputError as error:  # the folder has been changed since it was opened
+            raise HTTPException(500, str(error)) from None
 
     def data(self, request: Request) -> Response:
         """A document, packed."""
         key = request.path_params["key"]
-        tag = f'"{self.run.fingerprint[:16]}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"'
+        tag = f'"{self.salt}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"'
         headers = {"ETag": tag, "Cache-Control": "private, no-cache"}
         if request.headers.get("if-none-match") == tag:
             return Response(status_code=304, headers=headers)

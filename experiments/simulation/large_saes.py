@@ -242,7 +242,8 @@ def structures(
     for kind, (made, null) in tqdm(kinds.items(), desc="structure", bar_format=BAR):
         part = structure.structure(made(), m, null=null)
         found.append(part.assign(latents_of=kind, active=int(trained.active.sum())))
-    about = {name: row[name] for name in ("autoencoder", "seed", *CHOSEN)}
+    measured = ("n_latents", "validation_r2", "validation_l0")
+    about = {name: row[name] for name in ("autoencoder", "seed", *CHOSEN, *measured)}
     whole = pd.concat(found, ignore_index=True).assign(**about)
     files.write_parquet(path, whole)
     return whole

@@ -214,9 +214,10 @@ def _large(
 `python -m experiments.simulation.large {_given(settings)} --workdir=DIR`: {settings["cells"]:,}
 cells of {settings["genes"]:,} genes (the paper: 100,000 of 20,000), a tenth of them held out; all
 numbers are of these. At most {settings["epochs"]:,} epochs of an autoencoder and
-{settings["sae_epochs"]} of a dictionary (the paper stops when 20 epochs bring nothing): where
-these are few, a dictionary is still near its start, and Table S5, the structure and their verdicts
-are of that one, not of the paper's. All dictionaries: [{prefix}.csv]({prefix}.csv).
+{settings["sae_epochs"]} of a dictionary (the paper stops when 20 epochs bring nothing): Table S5,
+the structure and their verdicts are of these dictionaries, whose R² and L0 tell how far they came.
+The penalty is a mean over the latents, as in the authors' code, so it weighs little in a wide
+dictionary. All of them: [{prefix}.csv]({prefix}.csv).
 
 ### Superposition
 
@@ -245,7 +246,8 @@ standard error over them, as in the paper (± over seeds). Of autoencoder
 
 Of one dictionary: {own["autoencoder"]}, scaling {own["scaling"]:g}, L1 weight {own["l1_weight"]:g},
 learning rate {own["learning_rate"]:g}, {own["active"]:g} active latents (the paper: 150-2-wide,
-100, 0.001, 1e-05, 11849). `coverage` and `median` are of X'' that some latent is matched with
+100, 0.001, 1e-05, 11849); of its {own["n_latents"]:,} latents {own["validation_l0"]:,.0f} are active in a
+cell, at R² {own["validation_r2"]:.4f}. `coverage` and `median` are of X'' that some latent is matched with
 (`matched`); `share`: of all genes, that the covering latents are connected to; `significant`: of
 the latents, by a binomial test. The others are mean coverages where there is nothing to find: M
 with its genes permuted, the activations of other cells, the dictionary before training.

@@ -140,15 +140,17 @@ def pursued(row: np.ndarray, f: np.ndarray, k: int) -> np.ndarray:
 def test_sparse_codes_are_those_of_matching_pursuit(x: np.ndarray) -> None:
     rng = np.random.default_rng(3)
     f = rng.normal(size=(15, 6))
-    fitted = semi_nmf.SemiNMF(f.astype(np.float32), np.zeros(1), True, 1, k=3)
+    fitted = semi_nmf.SemiNMF(f.astype(np.float32), np.zeros(1), True, 1, k=5)
     z = fitted.encode(x.astype(np.float32))
-    wanted = np.stack([pursued(row, f, 3) for row in x])
-    assert (z > 0).sum(axis=1).max() == 3
+    wanted = np.stack([pursued(row, f, 5) for row in x])
+    assert ((wanted > 0).sum(axis=1) < 5).any()  # the limit of 0 is felt
+    assert (z >= 0).all()
+    assert (z > 0).sum(axis=1).max() == 5
     errors, best = (np.square(x - codes @ f).sum(axis=1) for codes in (z, wanted))
     assert np.abs(errors - best).max() < 0.005 * np.square(x).sum(axis=1).mean()
     same = ((z > 0) == (wanted > 0)).all(axis=1)
     assert same.mean() > 0.9
-    np.testing.assert_allclose(z[same], wanted[same], atol=0.06)  # of some 2
+    np.testing.assert_allclose(z[same], wanted[same], atol=0.15)  # of some 2
     np.testing.assert_array_equal(fitted.encode(x[::-1].astype(np.float32))[::-1], z)
     np.testing.assert_array_equal(fitted.encode(x.astype(np.float32), sparse=True).toarray(), z)
 

@@ -141,6 +141,11 @@ def test_every_file_is_there_and_names_the_planted_programs(
     wanted = {"density", "mean_activation", "best_label", "best_term", "auroc:kind A|x"}
     assert wanted <= set(found.var)
     np.testing.assert_allclose(found.var["density"], found.X.getnnz(axis=0) / CELLS)
+    assert found.obsm["X_umap"].shape == (CELLS, 2)
+    assert found.varm["decoder"].shape == (found.n_vars, 6)
+    about = json.loads(found.uns["about"])
+    assert about["n_named"] == (found.var["top_terms"] != "").sum() > 0
+    assert about["n_live"] == found.n_vars
 
     labels = pd.read_csv(out / "labels.csv").set_index("label")
     for number, letter in enumerate("ABC"):

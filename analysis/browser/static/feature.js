@@ -58,7 +58,7 @@
     const parts = [
       known("label") ? ["Best label", element("strong", {}, labelled(page)), known("auroc") ? `AUROC ${number(summary.auroc)}` : ""] : [],
       known("term") ? ["Best term", element("strong", {}, summary.term), known("term_q") ? `q ${SAE.small(summary.term_q)}` : ""] : ["Best term", "none names it", ""],
-      known("top_genes") ? ["Top genes", element("strong", {}, String(summary.top_genes).split(/,\s*/).slice(0, 8).join(", ")), ""] : [],
+      page.top_genes.length ? ["Top genes", element("strong", {}, linked(page.top_genes.slice(0, 8))), ""] : [],
     ].filter((part) => part.length);
     const named = new Set(["label", "auroc", "term", "term_q", "top_genes", "name", "kind"]);
     const shown = about.table_columns.filter((each) => known(each.name) && !named.has(each.name));
@@ -81,6 +81,8 @@
     steps(page);
   });
 
+  const linked = (genes) => genes.flatMap(({ gene, name }, i) => [i ? ", " : "", element("a", { href: SAE.link.gene(gene, name) }, name)]);
+
   /** The best label, as a link to its page where the page's own tables have it. */
   function labelled({ summary, labels }) {
     for (const group of labels) {
@@ -92,10 +94,8 @@
     return summary.label;
   }
 
-  async function steps(page) {
-    // Of a number alone the name is in the table of all features.
-    const there = async (other) => (typeof other === "number" ? { feature: other, name: (await SAE.load("features")).names[other] } : other);
-    const [previous, next] = [await there(page.previous), await there(page.next)];
+  function steps(page) {
+    const { previous, next } = page;
     const step = (other, text, key) => other
       ? element("a", { href: address(other), title: `${other.name} (key ${key})`, rel: key === "n" ? "next" : "prev" }, text)
       : null;

@@ -53,14 +53,8 @@
     }
     if (parameters.sort) {
       const values = column(parameters.sort);
-      const sign = parameters.desc === "1" ? -1 : 1;
-      const missing = (value) => value === null || value === undefined || Number.isNaN(value);
-      rows.sort((a, b) => {
-        const [x, y] = [values[a], values[b]];
-        if (missing(x) || missing(y)) return missing(x) - missing(y) || a - b;
-        if (x === y) return a - b;
-        return sign * (x < y ? -1 : 1);
-      });
+      const descending = parameters.desc === "1";
+      rows.sort((a, b) => SAE.order(values[a], values[b], descending) || a - b);
     }
     const size = Number(parameters.size || 50);
     const first = size * Number(parameters.page || 0);

@@ -24,7 +24,7 @@
     if (empty(a) || empty(b)) return empty(a) - empty(b);
     const sign = descending ? -1 : 1;
     if (typeof a === "number" && typeof b === "number") return sign * (a - b);
-    return sign * String(a).localeCompare(String(b), "en", { numeric: true });
+    return sign * String(a).localeCompare(String(b), "en", { numeric: true, sensitivity: "base" });
   };
 
   /** A table in `element`.

@@ -180,8 +180,8 @@ def test_the_state_is_in_the_address(opened: Callable[..., Any], address: str) -
     page.fill('#filters input[name="q"]', "feature_1")
     until(page, "() => location.hash.includes('q=feature_1')")
     until(page, "() => document.querySelectorAll('#table tbody tr').length === 11")
-    page.locator("#table thead button", has_text="Density").click()
-    until(page, "() => location.hash.includes('sort=density')")
+    page.locator("#table thead button", has_text="Active cells").click()
+    until(page, "() => location.hash.includes('sort=n_active')")
     before = shown(page)
     again = opened(page.url)
     assert shown(again) == before

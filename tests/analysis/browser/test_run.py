@@ -246,7 +246,11 @@ def test_what_is_not_shown_is_nowhere(pair: tuple[Path, Path], tmp_path: Path) -
     for path in pair:
         settings = json.loads(next(path.glob("*.json")).read_text())
         next(path.glob("*.json")).write_text(json.dumps(settings | {"label": "cell_type"}))
+    table = pd.read_parquet(pair[0] / "features.parquet")
+    told = table.assign(best_label="type 1", best_label_auroc=0.9)
+    told.to_parquet(pair[0] / "features.parquet", index=False)
     run = Run.open(pair, tmp_path, columns=["donor"])
+    assert "scope" not in run.features
     for key in [*list(documents.keys(run))[:60], "term/3", "gene/3", "label/0/1", "cell/3"]:
         said = repr(documents.document(run, key))
         assert "cell_type" not in said, key

@@ -114,10 +114,7 @@ def test_words_light_up_features_by_their_terms(run: Run) -> None:
 def test_filters_hold_together(run: Run) -> None:
     frame = run.features.reset_index(drop=True)
     label = frame["label"].iloc[0]
-    truth = frame[
-        (frame["label"] == label) & frame["technical"] & (frame["n_active"] <= 60)
-        | (frame["label"] == label) & frame["technical"] & (frame["n_active"] <= 60)
-    ]  # fmt: skip
+    truth = frame[(frame["label"] == label) & frame["technical"] & (frame["n_active"] <= 60)]
     assert rows(run, label=label, technical="1", n_active_max="60") == truth.index.tolist()
     assert rows(run, technical="0", q="") == frame[~frame["technical"]].index.tolist()
     gene = frame["top_genes"].iloc[3].split(", ")[1]
@@ -128,6 +125,9 @@ def test_filters_hold_together(run: Run) -> None:
     assert rows(run, sparse="3") == frame[frame["sparse"] == 3].index.tolist()
     assert rows(run, sometimes="1") == list(range(0, 96, 3))
     assert rows(run, sometimes="false") == list(range(1, 96, 3))
+    n = str(frame["n_active"].iloc[0])
+    same = frame[frame["n_active"] == int(n)].index.tolist()
+    assert rows(run, n_active_min=n, n_active_max=n) == rows(run, n_active=n) == same
     assert len(rows(run, sparse_min="-inf")) == frame["sparse"].notna().sum()
 
 
