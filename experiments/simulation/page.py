@@ -246,10 +246,11 @@ standard error over them, as in the paper (± over seeds). Of autoencoder
 
 Of one dictionary: {own["autoencoder"]}, scaling {own["scaling"]:g}, L1 weight {own["l1_weight"]:g},
 learning rate {own["learning_rate"]:g}, {own["active"]:g} active latents (the paper: 150-2-wide,
-100, 0.001, 1e-05, 11849); of its {own["n_latents"]:,} latents {own["validation_l0"]:,.0f} are active in a
-cell, at R² {own["validation_r2"]:.4f}. `coverage` and `median` are of X'' that some latent is matched with
-(`matched`); `share`: of all genes, that the covering latents are connected to; `significant`: of
-the latents, by a binomial test. The others are mean coverages where there is nothing to find: M
+100, 0.001, 1e-05, 11849); of its {own["n_latents"]:,} latents
+{own["validation_l0"]:,.0f} are active in a cell, at R² {own["validation_r2"]:.4f}. `coverage`
+and `median` are of X'' that some latent is matched with (`matched`); `share`: of all genes, that
+the covering latents are connected to; `significant`: of the latents, by a binomial test. The
+others are mean coverages where there is nothing to find: M
 with its genes permuted, the activations of other cells, the dictionary before training.
 
 {markdown(large_saes.summary(structure), "{:.2f}")}
