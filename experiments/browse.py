@@ -17,6 +17,7 @@ twice (Claye et al., section 3.3 and appendix D); each rater gets a link. Progre
 agreement are on the page "Study".
 """
 
+import glob
 import logging as python_logging
 import secrets
 import socket
@@ -26,7 +27,7 @@ from typing import TYPE_CHECKING
 from absl import flags, logging
 
 from experiments import cli
-from sae_jax import InputError
+from sae_jax import InputError, files
 
 if TYPE_CHECKING:
     from analysis.browser.run import Run
@@ -72,6 +73,7 @@ def main(folders: list[str]) -> None:
         check_export(Path(FLAGS.export))
     state = safety.check_state(Path(FLAGS.state) if FLAGS.state else paths[0] / "browser")
     gene_info = None if FLAGS.gene_info is None else Path(FLAGS.gene_info)
+    logging.info("opening; the first time an index is made: seconds to a minute")
     hidden = {} if FLAGS.columns is None else {"columns": FLAGS.columns}
     run = Run.open(paths, state, gene_info, **hidden)
     if FLAGS.export:
@@ -79,18 +81,21 @@ def main(folders: list[str]) -> None:
 
         export.write(run, Path(FLAGS.export))
     elif FLAGS.new_study:
-        new_study(run, state)
+        new_study(run, state, folders)
     else:
         serve(run, state)
 
 
 def check_export(out: Path) -> None:
-    """Refuse a folder that holds anything."""
+    """Refuse a folder that holds anything; clear what a killed export of the same name left."""
+    files.check_writable(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"--export={out} is there already: give a new folder")
+    for leftover in out.parent.glob(f"{files.ASIDE}{glob.escape(out.name)}.*"):
+        files.remove(leftover)
 
 
-def new_study(run: "Run", state: Path) -> None:
+def new_study(run: "Run", state: Path, folders: list[str]) -> None:
     """Draws a study and prints the raters' tokens, which are nowhere else."""
     from analysis.browser import study
 
@@ -100,9 +105,18 @@ def new_study(run: "Run", state: Path) -> None:
         state, run, FLAGS.new_study, concepts=FLAGS.concepts, neurons=FLAGS.neurons,
         repeats=FLAGS.repeats, raters=FLAGS.raters or ["rater"], seed=FLAGS.seed, **more,
     )  # fmt: skip
-    print(f"study {FLAGS.new_study}: start `sae-jax browse`, and give each rater this link alone")
+    started = " ".join(["sae-jax browse", *map(str, folders)])
+    print(
+        f"study {FLAGS.new_study}: start `{started}` anew with the same --state, --host and --port,"
+    )
+    print("and give each rater this link alone")
     for rater, token in links:
-        print(f"  {rater:<12} http://localhost:{FLAGS.port}/study/enter#{token}")
+        print(f"  {rater:<12} http://{called()}:{FLAGS.port}/study/enter#{token}")
+
+
+def called() -> str:
+    """The name by which others reach this server."""
+    return "localhost" if FLAGS.host in LOOPBACK else socket.gethostname()
 
 
 def serve(run: "Run", state: Path) -> None:
@@ -114,14 +128,14 @@ def serve(run: "Run", state: Path) -> None:
     # A rater at the same machine must not find the features' names by leaving the study.
     guarded = FLAGS.host not in LOOPBACK or study.load_all(state)
     token = secrets.token_urlsafe(24) if guarded else None
-    served = app.create(run, state, host=FLAGS.host, allow=tuple(FLAGS.allow_host), token=token)
+    served = app.create(
+        run, state, host=FLAGS.host, allow=(*FLAGS.allow_host, called()), token=token
+    )
     listening = bound(FLAGS.host, FLAGS.port)
     port = listening.getsockname()[1]
-    local = FLAGS.host in LOOPBACK
-    name = "localhost" if local else socket.gethostname()
     way = "" if token is None else f"enter#{token}"
-    print(f"http://{name}:{port}/{way}   (Ctrl-C ends it)", flush=True)
-    if not local:
+    print(f"http://{called()}:{port}/{way}   (Ctrl-C ends it)", flush=True)
+    if FLAGS.host not in LOOPBACK:
         print("What is typed and shown crosses the network unencrypted: prefer an ssh tunnel.")
     python_logging.getLogger("uvicorn.error").setLevel(python_logging.WARNING)
     uvicorn.Server(uvicorn.Config(served, log_level="warning", access_log=False)).run(

@@ -96,8 +96,8 @@ def launch(
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
-            where = error.filename or "the workdir"
-            again = "give the same command again (quickstart: with --resume)"
+            where = error.filename or "the folder that is being filled"
+            again = "give the same command again (with --resume, where there is one)"
             print(f"error: {where}: {error.strerror}; make room and {again}", file=sys.stderr)
             sys.exit(1)
         except KeyboardInterrupt:

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sae_jax.errors import InputError
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -42,6 +44,21 @@ def write_aside(path: str | os.PathLike[str]) -> Iterator[Path]:
         _flush(path.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def check_writable(path: Path) -> None:
+    """Raises InputError unless `path` is a folder we may write to, or can be made one."""
+    try:
+        parent = path
+        while not (parent.exists() or parent.is_symlink()):
+            parent = parent.parent
+        if not parent.is_dir():
+            raise InputError(f"{parent} is no folder; a folder is needed for {path}")
+        with tempfile.TemporaryDirectory(prefix=".writable.", dir=parent) as trial:
+            (Path(trial) / path.name).touch()
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(f"{path} cannot be written to ({reason}); choose another") from None
 
 
 def remove_leftovers(*folders: str | os.PathLike[str]) -> None:

@@ -13,7 +13,6 @@ import fcntl
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +22,7 @@ import numpy as np
 from sae_jax import files, manifest
 from sae_jax.dictionary import Dictionary
 from sae_jax.errors import InputError
+from sae_jax.files import check_writable
 from sae_jax.state import History
 
 if TYPE_CHECKING:
@@ -221,21 +221,6 @@ def _read_parquet(path: Path) -> "pd.DataFrame":
         return pd.read_parquet(path, page_checksum_verification=True)
     except (OSError, ValueError) as error:
         raise InputError(f"{path} is missing or damaged: {error}") from None
-
-
-def check_writable(path: Path) -> None:
-    """Raises InputError unless `path` is a folder we may write to, or can be made one."""
-    try:
-        parent = path
-        while not (parent.exists() or parent.is_symlink()):
-            parent = parent.parent
-        if not parent.is_dir():
-            raise InputError(f"{parent} is no folder; a folder is needed for {path}")
-        with tempfile.TemporaryDirectory(prefix=".writable.", dir=parent) as trial:
-            (Path(trial) / path.name).touch()
-    except OSError as error:
-        reason = error.strerror or error
-        raise InputError(f"{path} cannot be written to ({reason}); choose another") from None
 
 
 def difference(found: Any, asked: Any, where: str = "") -> str:

@@ -48,9 +48,12 @@ def secret(state: Path) -> bytes:
             fresh.touch(0o600)
             fresh.write_text(secrets.token_hex(32))
     try:
-        return bytes.fromhex(path.read_text())
+        found = bytes.fromhex(path.read_text())
     except ValueError:
-        raise InputError(f"{path} is damaged: delete it") from None
+        found = b""
+    if len(found) != 32:
+        raise InputError(f"{path} is damaged: delete it")
+    return found
 
 
 def csrf_token(request: HTTPConnection) -> str:
@@ -74,8 +77,8 @@ def _signed(key: bytes, session: str) -> str:
 
 def names_allowed(host: str, more: tuple[str, ...] = ()) -> set[str]:
     """Names in the Host header that are this server's: of the loopback, and what it was told."""
-    own = {"127.0.0.1", "localhost", "[::1]"}
-    return own | {host} | set(more) if host not in ("0.0.0.0", "::") else own | set(more)
+    own = {"127.0.0.1", "localhost", "[::1]", *(name.lower() for name in more)}
+    return own if host in ("0.0.0.0", "::") else own | {host.lower()}
 
 
 class Guard:
@@ -121,7 +124,7 @@ class Guard:
 
     def _refused(self, request: Request) -> ASGIApp | None:
         path, method = request.url.path.rstrip("/") + "/", request.method
-        host = re.sub(r":\d+$", "", request.headers.get("host", ""))
+        host = re.sub(r"\.?(:\d+)?$", "", request.headers.get("host", "").lower())
         if host not in self.hosts:
             told = f"This server is not called {host[:100]!r}: see --allow_host."
             return PlainTextResponse(told, 421)

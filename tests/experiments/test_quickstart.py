@@ -273,7 +273,9 @@ def test_a_run_replaces_another_and_needs_no_labels(
     found = anndata.read_h5ad(out / "features.h5ad")
     assert not [column for column in found.var if column.startswith("auroc:")]
     assert set(found.var["best_term"].dropna()) == {f"program {letter}" for letter in "ABC"}
-    genes = found.var["top_genes"].replace("", np.nan).dropna()  # few cells, and none can be told
+    genes = (
+        found.var["top_genes"].astype(object).replace("", np.nan).dropna()
+    )  # few cells, and none can be told
     assert len(genes) > 3
     assert genes.str.fullmatch(r"S\d+(, S\d+)*").all()
     member = json.loads(found.uns["quickstart"])["member"]

@@ -46,7 +46,7 @@ def made(tmp_path: Path) -> Callable[..., TestClient]:
     return make
 
 
-@pytest.mark.parametrize("name", ["localhost", "127.0.0.1:8080", "[::1]:80"])
+@pytest.mark.parametrize("name", ["localhost", "LocalHost.:8080", "127.0.0.1:8080", "[::1]:80"])
 def test_the_loopback_has_three_names(made: Callable[..., TestClient], name: str) -> None:
     assert made(name=name).get("/").status_code == 200
 
@@ -132,9 +132,10 @@ def test_the_secret_is_for_its_owner_alone(tmp_path: Path) -> None:
     assert safety.secret(tmp_path) == first
     assert stat.S_IMODE((tmp_path / "secret").stat().st_mode) == 0o600
     assert len(first) == 32
-    (tmp_path / "secret").write_text("no hexadecimal")
-    with pytest.raises(InputError, match="damaged: delete it"):
-        safety.secret(tmp_path)
+    for wrong in ("no hexadecimal", "", "00", "\ud83d".encode("utf-8", "replace").decode()):
+        (tmp_path / "secret").write_text(wrong)
+        with pytest.raises(InputError, match="damaged: delete it"):
+            safety.secret(tmp_path)
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
