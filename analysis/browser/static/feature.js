@@ -58,7 +58,7 @@
     const parts = [
       known("label") ? ["Best label", element("strong", {}, labelled(page)), known("auroc") ? `AUROC ${number(summary.auroc)}` : ""] : [],
       known("term") ? ["Best term", element("strong", {}, summary.term), known("term_q") ? `q ${SAE.small(summary.term_q)}` : ""] : ["Best term", "none names it", ""],
-      page.top_genes.length ? ["Top genes", element("strong", {}, linked(page.top_genes.slice(0, 8))), ""] : [],
+      page.top_genes.length ? ["Highest genes", element("strong", {}, linked(page.top_genes.slice(0, 8))), "most raised in its cells"] : [],
     ].filter((part) => part.length);
     const named = new Set(["label", "auroc", "term", "term_q", "top_genes", "name", "kind"]);
     const shown = about.table_columns.filter((each) => known(each.name) && !named.has(each.name));
@@ -266,7 +266,7 @@
   /* Terms ----------------------------------------------------------------------------------- */
 
   lazily("terms", document_("terms"), (found, content) => {
-    if (found.tests) content.append(element("p", { class: "note" }, found.tests));
+    if (found.tests) content.append(element("p", { class: "note" }, `${found.tests} Marked rows name the feature. Relevant genes differ, up or down, between its cells and the others.`));
     const place = element("div");
     content.append(place);
     SAE.table(place, [
@@ -278,7 +278,7 @@
       { name: "direction", title: "Direction" },
       columns.number("hits", "Hits", "of the term's genes, those among the relevant ones"),
       columns.number("size", "Genes"),
-      { name: "genes", title: "Relevant genes", value: (row) => (row.genes || []).join(", ") },
+      { name: "genes", title: "Relevant genes", description: "the term's genes that differ most, up or down", value: (row) => (row.genes || []).join(", ") },
     ], found.rows, {
       sort: state.get("term_sort", "log10_q"), descending: state.get("term_up") === null, page: 10, file: `${name}_terms`,
       caption: "Terms", mark: (row) => row.named, empty: "No term was tested here.",
@@ -296,6 +296,8 @@
       const by = state.get("gsea", found.attribution.absent ? "dge" : "attribution");
       const now = found[by] || found.attribution;
       if (now.absent) return place.append(SAE.absent(now.absent));
+      const least = Math.min(1, ...now.rows.map((row) => row.q ?? 1));
+      if (least > 0.05) place.append(element("p", { class: "note" }, `No term is significant at q ≤ 0.05: the least q is ${SAE.small(least)}.`));
       const curve = element("div", { class: "curve" });
       const list = element("div");
       place.append(element("div", { class: "halves" }, [list, curve]));
