@@ -6,8 +6,9 @@ r"""Concepts of a single-cell model: dictionaries, attributed genes, terms, stab
         --checkpoint=scGPT_human --n_latents=1000,2000,5000 --workdir=runs/scgpt
 
 Claye et al., whole. Cells are embedded by --model: a checkpoint of `extract`, or an scVI trained
-here where none is given. TopK dictionaries of every --n_latents (k = .016 c, as in the paper, or
-another --k_share) and seed are trained together on nine tenths of the cells; one width is studied.
+here where none is given; or their rows are taken from an extraction store (--embedding). TopK
+dictionaries of every --n_latents (k = .016 c, as in the paper, or another --k_share) and seed are
+trained together on nine tenths of the cells; one width is studied.
 For its concepts, and for neurons (the embedding's dimensions, either side of the median) by the
 same functions: labels of the cells, genes by counterfactual attribution, GSEA of these genes.
 Further: GSEA of differential expression and Table 6, deletion curves, replication over seeds, what

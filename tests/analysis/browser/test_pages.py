@@ -147,7 +147,7 @@ def test_from_the_overview_to_a_feature_to_a_gene_and_back(
     name = gene.inner_text()
     gene.click()
     page.wait_for_url("**/gene/**")
-    assert page.locator("h1").inner_text().startswith(name)
+    until(page, "(n) => document.querySelector('h1').textContent.startsWith(n)", name)
     page.wait_for_selector('a[href$="/feature/feature_7"]')
     page.go_back()
     page.wait_for_url("**/feature/feature_7")
@@ -225,7 +225,7 @@ def test_the_lasso_filters_the_table(
 def test_names_are_text_whatever_they_say(opened: Callable[..., Any], address: str) -> None:
     page = opened(f"{address}/gene/{quote(HOSTILE, safe='')}")
     page.wait_for_selector("text=onerror")
-    assert page.locator("h1").inner_text().startswith(HOSTILE)
+    until(page, "(n) => document.querySelector('h1').textContent.startsWith(n)", HOSTILE)
     page.goto(f"{address}/#kind=any")
     shown(page)
     page.goto(f"{address}/search?q={quote(HOSTILE, safe='')}")
