@@ -36,7 +36,8 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "embedding",
         None,
-        "Key of obsm, or an extraction store (layer_02.zarr); default: PCA of the expression.",
+        "Key of obsm, extraction store (layer_02.zarr), or rows of the cells in the file's order "
+        "(rows.npy); default: PCA of the expression.",
     )
     flags.DEFINE_integer("pca", 50, "Dimensions of that PCA.", lower_bound=1)
     flags.DEFINE_string("expression", None, "X, raw, or the name of a layer (default X).")
@@ -94,6 +95,8 @@ def read(beside: str, min_universe: int = 0) -> Inputs:
     embedding = None
     if FLAGS.embedding is not None and FLAGS.embedding.endswith(".zarr"):
         embedding = stored_embedding(adata.obs_names)
+    elif FLAGS.embedding is not None and FLAGS.embedding.endswith(".npy"):
+        embedding = rows_of(FLAGS.embedding, adata.n_obs)
     elif FLAGS.embedding is not None:
         embedding = cells.embedding(adata, FLAGS.embedding)
     expression = cells.expression(adata, source, kind, FLAGS.gene_symbols)
@@ -141,6 +144,14 @@ def stored_embedding(names: pd.Index) -> np.ndarray:
             f"({names[at < 0][0]} first)"
         )
     return data.check_rows(np.asarray(found.X[:], np.float32)[at], FLAGS.embedding)
+
+
+def rows_of(path: str, n_cells: int) -> np.ndarray:
+    """Rows of a .npy file, which has no names: as many as there are cells, in their order."""
+    rows = data.open_rows(path)
+    if len(rows) != n_cells:
+        raise InputError(f"--embedding={path} has {len(rows)} rows, of {n_cells} cells")
+    return data.check_rows(np.asarray(rows), path)
 
 
 def default_cells() -> Path:
