@@ -20,7 +20,8 @@ from scipy import sparse
 import extract
 import sae_jax
 from analysis import plots
-from experiments import inputs, quickstart, quickstart_page
+from experiments import inputs as reading
+from experiments import quickstart, quickstart_page
 from extract import store
 from sae_jax import InputError, data
 
@@ -372,9 +373,9 @@ def test_stores_and_sweeps_that_do_not_fit(
 def test_rows_of_a_file_are_counted(tmp_path: Path) -> None:
     rows = np.random.default_rng(0).normal(size=(7, 3)).astype(np.float32)
     np.save(tmp_path / "rows.npy", rows)
-    np.testing.assert_array_equal(inputs.rows_of(str(tmp_path / "rows.npy"), 7), rows)
+    np.testing.assert_array_equal(reading.rows_of(str(tmp_path / "rows.npy"), 7), rows)
     with pytest.raises(InputError, match="has 7 rows, of 8 cells"):
-        inputs.rows_of(str(tmp_path / "rows.npy"), 8)
+        reading.rows_of(str(tmp_path / "rows.npy"), 8)
 
 
 def test_a_store_that_lacks_cells(run: Callable[..., Path], swept: tuple[Path, Path]) -> None:
