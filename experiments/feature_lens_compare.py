@@ -23,7 +23,7 @@ from absl import flags
 
 import sae_jax
 from analysis import characterisation, feature_space, lens_plots, matching, plots, report
-from experiments import cli, feature_lens, folders
+from experiments import cli, feature_lens, feature_lens_tables, folders
 from sae_jax import InputError, files, workdir
 
 FLAGS = flags.FLAGS
@@ -126,7 +126,7 @@ def read_run(path: Path, name: str) -> LensRun:
     try:
         settings = dict(json.loads((path / feature_lens.SETTINGS).read_text()))
         table = pd.read_parquet(path / "features.parquet").set_index("feature")
-        annotated = feature_space.feature_terms(*feature_lens.read_named(path))
+        annotated = feature_space.feature_terms(*feature_lens_tables.read_named(path))
     except (ValueError, TypeError, KeyError, OSError) as error:
         raise InputError(f"{path} is damaged: {error}") from None
     if annotated.matrix.shape[0] != len(table):
