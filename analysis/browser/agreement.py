@@ -24,6 +24,7 @@ from scipy import stats
 from statsmodels.stats.inter_rater import cohens_kappa
 from statsmodels.stats.proportion import proportion_confint
 
+from analysis.browser.study import KINDS
 from sae_jax import InputError
 
 UNCLEAR, NO, YES = "unclear", "no", "yes"
@@ -54,7 +55,8 @@ def kappa(a: Sequence[str], b: Sequence[str], options: Sequence[str]) -> dict[st
         kappa = 1 - (observed disagreement) / (that of independent raters with the same margins)
 
     A disagreement by two steps counts twice one by one step; with two options this is the plain
-    kappa. The interval is that of Fleiss, Cohen and Everitt (1969), for many things.
+    kappa. The interval is that of Fleiss, Cohen and Everitt (1969), for many things: of few it is
+    approximate, and what leaves [-1, 1] is cut off.
 
     Args:
         a, b: the answers.
@@ -78,7 +80,8 @@ def kappa(a: Sequence[str], b: Sequence[str], options: Sequence[str]) -> dict[st
         result = cohens_kappa(table, wt="linear")
     found["kappa"] = float(result.kappa)
     if result.var_kappa > 1e-12:
-        found |= {"low": float(result.kappa_low), "high": float(result.kappa_upp)}
+        low, high = np.clip([result.kappa_low, result.kappa_upp], -1, 1).tolist()
+        found |= {"low": low, "high": high}
     return found
 
 
@@ -227,10 +230,13 @@ def shares(found: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         A row a rater (and the majority), kind, and what `counted` ("yes", "yes or unclear"):
-        `interpretable`, `n`, `share`, `low`, `high`.
+        `interpretable`, `n`, `share`, `low`, `high`. Concepts come before neurons.
     """
     rows = []
-    for (rater, kind), these in found.groupby(["rater", "kind"], sort=False)["verdict"]:
+    groups = dict(list(found.groupby(["rater", "kind"])["verdict"]))
+    for rater, kind in itertools.product(dict.fromkeys(found["rater"]), KINDS):
+        if (these := groups.get((rater, kind))) is None:
+            continue
         for counted, among in COUNTED.items():
             n, k = len(these), int(these.isin(among).sum())
             low, high = proportion_confint(k, n, method="wilson")
@@ -285,7 +291,7 @@ def compare(found: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
 
 
 def figure(found: pd.DataFrame) -> Figure:
-    """Figure 3A of the paper: the shares of the verdicts on neurons and on concepts.
+    """Figure 3A of the paper: the shares of the verdicts on concepts and on neurons.
 
     A panel a rater and one for the majority; whiskers: Wilson's 95 % of "interpretable".
 
@@ -299,7 +305,7 @@ def figure(found: pd.DataFrame) -> Figure:
     panels = picture.subplots(1, len(raters), sharey=True, squeeze=False)[0]
     table = shares(found).query("counted == 'yes'").set_index(["rater", "kind"])
     for axes, rater in zip(panels, raters, strict=True):
-        kinds = [kind for kind in ("neuron", "concept") if (rater, kind) in table.index]
+        kinds = [kind for kind in KINDS if (rater, kind) in table.index]
         mine = found[found["rater"] == rater]
         bottom = np.zeros(len(kinds))
         for verdict in reversed(VERDICTS):
@@ -337,9 +343,7 @@ def _first(ratings: pd.DataFrame) -> pd.DataFrame:
 
 def _by_kind(scored: pd.DataFrame) -> tuple[np.ndarray, np.ndarray] | None:
     """Scores of concepts and of neurons; None if a kind is missing."""
-    concepts, neurons = (
-        scored.loc[scored["kind"] == kind, "score"].to_numpy() for kind in ("concept", "neuron")
-    )
+    concepts, neurons = (scored.loc[scored["kind"] == kind, "score"].to_numpy() for kind in KINDS)
     return (concepts, neurons) if len(concepts) and len(neurons) else None
 
 

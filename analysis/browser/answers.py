@@ -20,6 +20,7 @@ from typing import Any
 
 from sae_jax import InputError
 
+MOST = 2**63 - 1  # the largest integer that SQLite keeps
 SCHEMA = 1  # PRAGMA user_version of files that this code writes
 _WAIT = 10_000  # milliseconds for another process' write to end
 _TABLES = """
@@ -46,6 +47,10 @@ CREATE TRIGGER change_is_fixed BEFORE UPDATE ON change
 CREATE VIEW current AS SELECT * FROM change AS last WHERE version =
     (SELECT max(version) FROM change WHERE rater = last.rater AND item = last.item);
 """
+
+
+class NotSavedError(Exception):
+    """The disk took no change: nothing was added, and what was saved before can still be read."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,11 @@ class Answers:
             self._connection = _connect(self.path)
             self._check()
         except sqlite3.DatabaseError as error:
+            if _is_of_the_disk(error):
+                raise InputError(
+                    f"{self.path} cannot be opened ({error}): its disk is full, fails "
+                    "or may not be written; mend that, and start again."
+                ) from error
             raise InputError(
                 f"{self.path} is damaged ({error}): restore it from a backup; "
                 "`sqlite3 FILE .recover` may read what is left."
@@ -134,9 +144,18 @@ class Answers:
 
     @contextmanager
     def writing(self) -> Iterator[sqlite3.Connection]:
-        """A transaction that no other writer shares; it is on the disk when this ends."""
-        with self._lock, _writing(self._connection):
-            yield self._connection
+        """A transaction that no other writer shares; it is on the disk when this ends.
+
+        Raises:
+            NotSavedError: if the disk is full.
+        """
+        try:
+            with self._lock, _writing(self._connection):
+                yield self._connection
+        except sqlite3.OperationalError as error:
+            if _is_of_the_disk(error):
+                raise NotSavedError(str(error)) from error
+            raise
 
     def _check(self) -> None:
         (version,) = self._connection.execute("PRAGMA user_version").fetchone()
@@ -178,6 +197,7 @@ class RaterAnswers:
 
         Raises:
             InputError: if the study has no such item.
+            NotSavedError: if the disk is full.
         """
         with self._changes(item) as changes:
             if changes.named(save) is None:
@@ -188,7 +208,7 @@ class RaterAnswers:
     def undo(self, item: str, base: int, save: str) -> Saved:
         """Adds what held before the last answer that holds; where none does, nothing is added.
 
-        Arguments as in `save`.
+        Arguments and errors as in `save`.
         """
         with self._changes(item) as changes:
             if changes.named(save) is None:
@@ -281,6 +301,13 @@ def _writing(connection: sqlite3.Connection) -> Iterator[None]:
         if connection.in_transaction:
             connection.execute("ROLLBACK")
         raise
+
+
+def _is_of_the_disk(error: sqlite3.DatabaseError) -> bool:
+    """Whether it is full. A log that cannot grow is told as an I/O error of some kind, or as a
+    file that cannot be opened; the low byte is the family of a code."""
+    families = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN)
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF in families
 
 
 def _statements(script: str) -> Iterator[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from starlette.applications import Starlette
+from starlette.convertors import Convertor, register_url_convertor
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.gzip import GZipMiddleware
@@ -14,6 +15,23 @@ from starlette.templating import Jinja2Templates
 from analysis.browser import assets, documents, safety, study_pages
 from analysis.browser.pages import Context, Pages
 from analysis.browser.run import Run
+
+
+class AnyName(Convertor[str]):
+    """A name of a feature or a gene, which may hold slashes and even line ends."""
+
+    regex = r"[\s\S]*"
+
+    def convert(self, value: str) -> str:
+        """As it is."""
+        return value
+
+    def to_string(self, value: str) -> str:
+        """As it is."""
+        return value
+
+
+register_url_convertor("any", AnyName())
 
 
 def create(
@@ -35,7 +53,7 @@ def create(
     pages = Pages(context)
     routes = [
         Route("/", pages.overview), Route("/random", pages.random),
-        Route("/feature/{name:path}", pages.feature), Route("/gene/{name:path}", pages.gene),
+        Route("/feature/{name:any}", pages.feature), Route("/gene/{name:any}", pages.gene),
         Route("/term/{i:int}", pages.numbered), Route("/cell/{i:int}", pages.numbered),
         Route("/label/{c:int}/{v:int}", pages.numbered),
         Route("/data/{key:path}", pages.data), Route("/table", pages.table),

@@ -80,6 +80,12 @@ OTHERS = {
     r"best_term_down_log10_q": ("Down term's −log10 q", "−log10", "2 is q = 0.01."),
     r"technical_column": ("Technical column", None, "The column that explains it most."),
     r"technical_explained": ("Explained by it", SHARE, "Share of the variance of its ranks."),
+    r"kind_code": ("Scope by the authors' code", None,
+        "Local or global as the published code has it: a type counts where eq. 8's alpha is above "
+        "0, not from 0.05 on as in the paper and in the column Scope."),
+    r"local_label_text": ("Local to", None, "Of a local feature the label, as the scope has it."),
+    r"local_label_code": ("Local to, by the authors' code", None,
+        "Of a feature that is local by the authors' code, the label."),
     r"drawn": ("Drawn at random", None, "Chosen for attribution by chance, not for a label."),
     r"n_important": ("Important genes", "genes", "Genes of an attribution above 0.05."),
     r"in_no_term": ("Genes in no term", SHARE, "Share of the important genes that no set holds."),

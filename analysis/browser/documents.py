@@ -22,12 +22,19 @@ import pandas as pd
 from analysis.browser import feature_documents as of_feature
 from analysis.browser.columns import FLAG, NUMBER
 from analysis.browser.index import scaled, smallest
-from analysis.browser.inverted import BY
+from analysis.browser.inverted import BY, MOST_DIFFERING, MOST_DRIVING
 from analysis.browser.run import Run
 
 MOST_ROWS = 200  # of a table of features
 MOST_OF_CELL = 50
 WHOLE = ("about", "features", "names", "map")  # documents without a number
+LISTED = {  # on the page of a gene
+    "driven": f"Of each feature the {MOST_DRIVING} genes that drive it most are listed.",
+    "differing": (
+        f"Of each feature the {MOST_DIFFERING} genes that rise most and the {MOST_DIFFERING} that "
+        "fall most are listed."
+    ),
+}
 OF_FEATURE: dict[str, Callable[[Run, int], dict[str, Any]]] = {
     "page": of_feature.page,
     "activation": of_feature.activation,
@@ -112,7 +119,6 @@ def about(run: Run) -> dict[str, Any]:
     told = {key: value for folder in reversed(run.folders) for key, value in folder.about.items()}
     settings = run.folders[0].settings
     source = settings.get("h5ad")
-    first = run.nulls[0] if run.nulls else {}
     n_latents = told.get("n_latents", settings.get("n_latents"))
     shown = {column["name"] for _, column in run.metadata}
     return {
@@ -123,9 +129,7 @@ def about(run: Run) -> dict[str, Any]:
         "n_cells": run.n_cells, "n_features": run.n_features,
         "n_latents": n_latents if isinstance(n_latents, int) else None,
         "d_in": told.get("d_in"), "l0": told.get("l0"), "r2": told.get("r2"),
-        "n_named": told.get("n_named", _n_named(run)),
-        "share_named": told.get("share_named", first.get("named")),
-        "nulls": run.nulls[1:], "kinds": dict(Counter(run.features["kind"])),
+        **_named(run), "nulls": run.nulls[1:], "kinds": dict(Counter(run.features["kind"])),
         "columns": [
             {"name": held["name"], "kind": held["kind"], "published": True,
              "n_categories": len(held.get("categories", ())) or None}
@@ -141,10 +145,24 @@ def about(run: Run) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _n_named(run: Run) -> int | None:
-    if "n_terms" not in run.features:
-        return None
-    return int((run.features["n_terms"] > 0).sum())
+def _named(run: Run) -> dict[str, Any]:
+    """Of the live concepts how many have a term, as the table counts them, and their share; and
+    what the shares of `nulls` are to be compared with: the run's own of the same features."""
+    found: dict[str, Any] = dict.fromkeys(("n_named", "share_named", "named_told"))
+    if "n_terms" in run.features:
+        live = run.features["kind"] == "concept"
+        if "n_active" in run.features:
+            live &= run.features["n_active"] > 0
+        has_term = run.features["n_terms"][live] > 0
+        found |= {"n_named": int(has_term.sum()),
+                  "share_named": float(has_term.mean()) if len(has_term) else None}  # fmt: skip
+    if run.nulls and np.isfinite(run.nulls[0]["named"]):
+        found["named_told"] = (
+            "Of the features with cells enough on both sides to be tested, "
+            f"{run.nulls[0]['named']:.1%} are named; the shares where there is less or nothing to "
+            "find are of such features, too."
+        )
+    return found
 
 
 def features(run: Run) -> dict[str, Any]:
@@ -231,7 +249,7 @@ def gene(run: Run, i: int) -> dict[str, Any]:
         "index": i, "name": run.genes[i], "description": description, "aliases": aliases,
         "ensembl": ensembl, "links": _links(symbol, number, ensembl),
         "driven": driven[0], "n_driven": driven[1], "differing": differing[0],
-        "n_differing": differing[1], "missing": missing,
+        "n_differing": differing[1], "told": LISTED, "missing": missing,
         "terms": [{"term": int(t), "name": run.terms[t], "size": run.size(t)} for t in mine],
     }  # fmt: skip
 

@@ -30,6 +30,7 @@ READ = (
     "gsea_attribution.parquet", "gsea_dge.parquet", "deletion.parquet", "deletion_held_out.parquet",
     "gene_sets.parquet",
 )  # fmt: skip
+SETTINGS = {"label": str, "labels": str, "percentile": (int, float)}  # that are used; one or more
 BLOCK = 1 << 20  # entries of a matrix, or rows of a table, that are held at once
 
 
@@ -106,7 +107,9 @@ class Folder:
                     if decoder.ndim != 2 or len(decoder) != len(var):
                         raise ValueError(f"varm['decoder'] has shape {decoder.shape}")
             table = _together(table, var, path)
-        with reading(stored):
+        if not len(table):
+            raise InputError(f"{h5ad if h5ad.exists() else stored} has no features to show.")
+        with reading(stored if stored.exists() else h5ad):
             table = _identified(table)
         program, settings = _settings(path, uns)
         about = _json(uns.get("about", "{}"), h5ad)
@@ -121,8 +124,9 @@ class Folder:
 
     def labels(self) -> list[str]:
         """Columns of the cells that the program took for labels."""
-        told = [self.settings.get("label"), *(self.settings.get("labels") or [])]
-        return [name for name in told if isinstance(name, str)]
+        label, labels = self.settings.get("label"), self.settings.get("labels")
+        told = [label, *(labels if isinstance(labels, list) else [labels])]
+        return [name for name in told if name is not None]
 
     def obs(self) -> pd.DataFrame:
         """The metadata of the cells; without any where there is no features.h5ad."""
@@ -228,13 +232,24 @@ def _settings(path: Path, uns: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         stored = path / f"{program}.json"
         if stored.exists():
             with reading(stored):
-                return program, _json(stored.read_text(), stored)
+                return program, _checked(_json(stored.read_text(), stored))
         if program in uns:
-            return program, _json(uns[program], path / "features.h5ad")
+            with reading(path / "features.h5ad"):
+                return program, _checked(_json(uns[program], path / "features.h5ad"))
     raise InputError(
         f"{path} is no run folder of ours: it has none of "
         + ", ".join(f"{program}.json" for program in PROGRAMS)
     )
+
+
+def _checked(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings, where those that are used are of their type."""
+    for name, kinds in SETTINGS.items():
+        value = settings.get(name)
+        parts = value if name == "labels" and isinstance(value, list) else [value]
+        if not all(part is None or isinstance(part, kinds) for part in parts):
+            raise ValueError(f"its setting {name} is {str(value)[:50]}")
+    return settings
 
 
 def _json(text: Any, path: Path) -> dict[str, Any]:

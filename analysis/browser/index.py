@@ -2,7 +2,8 @@
 
 A folder with meta.json and one raw file an array, which is mapped into memory for as long as it is
 used, so that what was read once does not stay. It is known by a key, a hash of what it was made of,
-and made anew, whole or not at all, for another key.
+and called by its first 16 digits: another run gets a folder of its own. The three that were opened
+last stay, and any that some process has open.
 
     by_cell.*, by_feature.*   activations: indptr, and features or cells and values of the entries
     sum, square, maximum      of each feature's activations
@@ -15,11 +16,17 @@ and made anew, whole or not at all, for another key.
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import json
 import mmap
+import os
+import re
+import shutil
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pandas as pd
@@ -29,21 +36,35 @@ from analysis import features
 from analysis.browser.folder import BLOCK, Folder
 from sae_jax import InputError, files
 
-VERSION = 4  # of what lies in the folder
+VERSION = 5  # of what lies in the folder
 MOST_VALUES = 1000  # a column of text with more values names cells rather than groups of them
 RANGE = 65535  # of coordinates on the wire
+KEPT = 3  # indices of other runs, or of this run as it was
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Index:
-    """The arrays of a folder, by name."""
+    """The arrays of a folder, by name.
+
+    The folder is held: whatever then lies at its path, these are its arrays, and `opened` does not
+    remove it.
+
+    Raises:
+      OSError, ValueError, KeyError: there is no whole index at the path.
+    """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.meta = json.loads((path / "meta.json").read_text())
+        self._folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        weakref.finalize(self, os.close, self._folder)
+        with contextlib.suppress(OSError):  # file systems without locks: see `_remove_oldest`
+            fcntl.flock(self._folder, fcntl.LOCK_SH)
+        with self._open("meta.json") as file:
+            self.meta = json.load(file)
         self._arrays = self.meta["arrays"]
         for name, (dtype, shape) in self._arrays.items():
-            if (path / name).stat().st_size != np.dtype(dtype).itemsize * int(np.prod(shape)):
-                raise InputError(f"{path / name} has another size than it was written with.")
+            size = os.stat(name, dir_fd=self._folder).st_size
+            if size != np.dtype(dtype).itemsize * int(np.prod(shape)):
+                raise ValueError(f"{path / name} has another size than it was written with")
 
     def __contains__(self, name: str) -> bool:
         return name in self._arrays
@@ -52,9 +73,14 @@ class Index:
         dtype, shape = self._arrays[name]
         if 0 in shape:
             return np.empty(shape, dtype)
-        with (self.path / name).open("rb") as file:
+        with self._open(name) as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         return np.frombuffer(mapped, dtype).reshape(shape)
+
+    def _open(self, name: str) -> IO[bytes]:
+        return open(
+            name, "rb", opener=lambda name, flags: os.open(name, flags, dir_fd=self._folder)
+        )
 
     def texts(self, name: str) -> Texts:
         """Texts that `Writer.texts` wrote."""
@@ -109,26 +135,52 @@ class Texts:
         return found
 
 
+class UnwrittenError(Exception):
+    """What was not written, and why: no OSError, so that it is not taken for one of reading.
+
+    wanted: bytes of the whole index, about; None: not known.
+    """
+
+    def __init__(self, cause: OSError, wanted: int | None) -> None:
+        super().__init__(str(cause))
+        self.cause, self.wanted = cause, wanted
+
+
 class Writer:
-    """A folder of arrays in the making."""
+    """A folder of arrays in the making.
+
+    wanted: how many bytes it will have, about, where known.
+    """
 
     def __init__(self, path: Path) -> None:
-        path.mkdir()
         self.path, self._arrays = path, {}
+        self.wanted: int | None = None
+        with self.writing():
+            path.mkdir()
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Whatever else writes to the folder; raises UnwrittenError."""
+        try:
+            yield
+        except OSError as error:
+            raise UnwrittenError(error, self.wanted) from None
 
     def save(self, name: str, array: np.ndarray) -> None:
         """A whole array."""
-        array = np.ascontiguousarray(array)
-        array.tofile(self.path / name)
+        self._write(name, array, "wb")
         self._arrays[name] = (array.dtype.str, array.shape)
 
     def append(self, name: str, array: np.ndarray) -> None:
         """More rows of an array."""
-        array = np.ascontiguousarray(array)
-        with (self.path / name).open("ab") as file:
-            array.tofile(file)
+        self._write(name, array, "ab")
         rows = self._arrays[name][1][0] if name in self._arrays else 0
         self._arrays[name] = (array.dtype.str, (rows + len(array), *array.shape[1:]))
+
+    def _write(self, name: str, array: np.ndarray, mode: str) -> None:
+        # Not tofile, which is silent about a disk that is full when the file is closed.
+        with self.writing(), (self.path / name).open(mode) as file:
+            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
 
     def read(self, name: str, first: int, last: int) -> np.ndarray:
         """Some rows of an array of one dimension."""
@@ -146,29 +198,91 @@ class Writer:
     def finish(self, **meta: Any) -> None:
         """Writes meta.json, last."""
         text = json.dumps({**meta, "arrays": self._arrays})
-        (self.path / "meta.json").write_text(text)
+        with self.writing():
+            (self.path / "meta.json").write_text(text)
 
 
-def opened(path: Path, key: str, make: Callable[[Path], None]) -> Index:
-    """The index of a key at `path`; where there is none of it, `make` writes it to a folder given.
+def opened(folder: Path, key: str, make: Callable[[Path], None]) -> Index:
+    """The index of a key, in a folder of its own within `folder`; where there is none, `make`
+    writes it to a path given.
+
+    Of processes that want one at the same time the first makes it and the others wait. What is left
+    of earlier ones, killed or of other keys, is then removed; see above.
 
     Raises:
-      InputError: it can neither be read nor made.
+      InputError: it cannot be made, or not be written.
     """
+    path = folder / key[:16]
+    if found := _read(path, key):
+        return found
+    try:
+        with _alone(folder):
+            if found := _read(path, key):  # made meanwhile
+                return found
+            files.remove_leftovers(folder)
+            _remove_oldest(folder, besides=path)
+            with files.write_aside(path) as fresh:
+                make(fresh)
+        return Index(path)
+    except UnwrittenError as error:
+        raise _unwritten(folder, error.cause, error.wanted) from None
+    except OSError as error:
+        raise _unwritten(folder, error, None) from None
+
+
+def _read(path: Path, key: str) -> Index | None:
+    """A whole index of this very key."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         found = Index(path)
         if found.meta["key"] == key:
+            with contextlib.suppress(OSError):
+                os.utime(path)  # opened last
             return found
+    return None
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Waits until no other process is here, and keeps others out; it ends with the process. Where
+    the file system has no such locks, nothing is locked."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        files.remove_leftovers(path.parent)
-        with files.write_aside(path) as fresh:
-            make(fresh)
-        return Index(path)
-    except OSError as error:
-        raise InputError(
-            f"the browser's index cannot be written to {path} ({error}): give another folder for "
-            "its state."
-        ) from None
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _remove_oldest(folder: Path, besides: Path) -> None:
+    """All indices of other keys but those opened last, and those that some process holds."""
+    others = [path for path in folder.iterdir()
+              if re.fullmatch("[0-9a-f]{16}", path.name) and path != besides]  # fmt: skip
+    others.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    for path in others[KEPT - 1 :]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            with contextlib.suppress(OSError):  # held, or not to be locked
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                files.remove(path)
+        finally:
+            os.close(handle)
+
+
+def _unwritten(folder: Path, error: OSError, wanted: int | None) -> InputError:
+    """What to say of an index that cannot be written."""
+    if error.errno not in NO_ROOM:
+        return InputError(
+            f"the browser's index cannot be written to {folder} ({error}): give another folder for "
+            "its state, --state=DIR."
+        )
+    needs = "" if wanted is None else f" needs about {wanted / 1e6:,.1f} MB and"
+    return InputError(
+        f"there is no room in {folder.parent}: the browser's index{needs} does not fit "
+        f"({shutil.disk_usage(folder.parent).free / 1e6:,.1f} MB are free; {error.strerror}). Free "
+        "some, or give another folder for its state, --state=DIR."
+    )
 
 
 def write_cells(
@@ -265,6 +379,7 @@ def _write_by_cell(
     with contextlib.ExitStack() as stack:
         sources = [stack.enter_context(folder.activations()) for folder in opened]
         bounds = sum(source.indptr for source in sources)
+        writer.wanted = 16 * int(bounds[-1])  # number and value of every entry, twice
         first, n_cells = 0, len(bounds) - 1
         while first < n_cells:
             last = int(np.searchsorted(bounds, bounds[first] + BLOCK, "right")) - 1

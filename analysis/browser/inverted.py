@@ -2,7 +2,8 @@
 
 span.<folder>.<table>   of each feature its first row in a long table and the one after its last
 driven.*                gene -> features that it drives: indptr, feature, value, rank
-differing.*             gene -> features whose cells it differs in: ..., t, log2_fold_change
+differing.*             gene -> features whose cells it differs in: ..., t, log2_fold_change; its
+                        rank is among the genes that rise, or among those that fall
 named.*                 feature and term of each naming, rising; side, log10_q, auc, nes, by
 sets.*, gene_terms.*    term -> its genes, gene -> its terms
 deletion.*              feature -> points of curves: indptr, kind, order, n_genes, activation
@@ -11,7 +12,6 @@ deletion.*              feature -> points of curves: indptr, kind, order, n_gene
 from __future__ import annotations
 
 import gzip
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from analysis.browser.columns import SIGNIFICANT
 from analysis.browser.folder import Folder, reading
 from analysis.browser.index import Writer
 from analysis.browser.rows import Rows, coded, numbered
+from sae_jax import InputError
 
 # Of each long table the columns that it must have.
 LONG = {
@@ -37,7 +38,8 @@ LONG = {
     "gsea_attribution": ("term", "es", "nes", "p", "q"),
     "gsea_dge": ("term", "es", "nes", "p", "q"),
 }
-MOST_DRIVING, MOST_DIFFERING = 500, 50  # genes of a feature that a gene's page knows of
+# Genes of a feature that a gene's page knows of; of those that differ so many up, so many down.
+MOST_DRIVING, MOST_DIFFERING = 500, 50
 CURVES = ("deletion", "deletion_held_out")
 BY = ("enrichment", "attribution", "dge")
 NAMING = ("change", "matched", "fisher")  # the lens ranks terms by the first of these it made
@@ -84,7 +86,7 @@ def write(
     _write_driven(writer, tables, genes, n_features)
     _write_differing(writer, tables, genes, n_features)
     _write_named(writer, opened, tables, numbers, terms, n_features)
-    info = None if gene_info is None else _gene_info(gene_info, list(genes))
+    info = None if gene_info is None else _gene_info(writer, gene_info, list(genes))
     return {
         "genes": list(genes), "gene_info": info, "terms": list(terms), "sizes": size.tolist(),
         "tables": [list(some) for some in tables], "has_sets": bool(sets),
@@ -198,9 +200,9 @@ def _write_differing(
               "rank": np.empty(0, np.int32)}]  # fmt: skip
 
     def keep(feature: np.ndarray, gene: np.ndarray, columns: dict[str, np.ndarray]) -> None:
-        size = np.nan_to_num(np.abs(columns["t"]), nan=-1)
-        rank = _ranks(feature, size)
-        ours = (size > 0) & (rank <= MOST_DIFFERING)
+        t = np.nan_to_num(columns["t"])
+        rank = np.where(t > 0, _ranks(feature, t), _ranks(feature, -t))
+        ours = (t != 0) & (rank <= MOST_DIFFERING)
         values = {key: held[ours].astype(np.float32) for key, held in columns.items()}
         found.append({"gene": gene[ours], "feature": feature[ours], **values, "rank": rank[ours]})
 
@@ -362,14 +364,20 @@ def _write_deletion(
     return None
 
 
-def _gene_info(path: Path, genes: list[str]) -> list[list[Any] | None]:
+def _gene_info(writer: Writer, path: Path, genes: list[str]) -> list[list[Any] | None]:
     """Of each gene NCBI's number, symbol, Ensembl id, description and aliases; None of those that
     it does not know as one gene."""
-    with tempfile.TemporaryDirectory() as folder:
-        some = Path(folder) / path.name
-        with reading(path):
-            descriptions = _lines_with(path, set(genes), some)
+    with reading(path):
+        lines, descriptions = _lines_with(path, set(genes))
+    some = writer.path / "gene_info"
+    with writer.writing():
+        some.write_text("".join(lines), encoding="utf-8")
+    try:
         table = gene_names.read(some)
+    except InputError as error:
+        raise InputError(str(error).replace(str(some), str(path))) from None
+    with writer.writing():
+        some.unlink()
     entrez = table.map(genes, to="entrez")[0] if genes else []
     aliases: dict[str, list[str]] = {}
     for alias, carriers in table.synonyms.items():
@@ -384,17 +392,17 @@ def _gene_info(path: Path, genes: list[str]) -> list[list[Any] | None]:
     ]  # fmt: skip
 
 
-def _lines_with(path: Path, names: set[str], target: Path) -> dict[str, str]:
-    """Writes the genes of a gene_info that carry one of some names: all that decides what these
-    mean, at a tenth of the memory. Returns their descriptions by NCBI's number."""
+def _lines_with(path: Path, names: set[str]) -> tuple[list[str], dict[str, str]]:
+    """The lines of a gene_info whose genes carry one of some names: all that decides what these
+    mean, at a tenth of the memory. And their descriptions by NCBI's number."""
     names = names | {name.split(".")[0] for name in names}
     with path.open("rb") as file:
         packed = file.read(2) == b"\x1f\x8b"
-    descriptions = {}
+    kept, descriptions = [], {}
     opener = gzip.open if packed else open
-    with opener(path, "rt", encoding="utf-8-sig") as lines, target.open("w") as kept:
+    with opener(path, "rt", encoding="utf-8-sig") as lines:
         head = next(lines, "")
-        kept.write(head)
+        kept.append(head)
         place = {name: i for i, name in enumerate(head.rstrip("\n").split("\t"))}
         told = place.get("description")
         used = [place[name] for name in _CARRYING if name in place]
@@ -405,7 +413,7 @@ def _lines_with(path: Path, names: set[str], target: Path) -> dict[str, str]:
                 for i in used if i < len(fields) for name in fields[i].split("|")
             }  # fmt: skip
             if number == 0 or not carried.isdisjoint(names):  # the first: of which species it is
-                kept.write(line)
+                kept.append(line)
                 if told is not None and fields[told : told + 1] not in ([], ["-"]):
                     descriptions[fields[place["GeneID"]]] = fields[told]
-    return descriptions
+    return kept, descriptions

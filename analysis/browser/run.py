@@ -120,7 +120,8 @@ class Run:
             _write_decoder(writer, opened, taken, n)
             writer.finish(key=key, n_features=n, **meta)
 
-        return cls(opened, index.opened(Path(state) / "index", key, make), fingerprint, columns)
+        made = index.opened(Path(state) / "index", key, make)
+        return cls(opened, made, fingerprint, columns)
 
     def close(self) -> None:
         """Lets go of what is held; the run is of no use afterwards."""
@@ -346,7 +347,8 @@ class Run:
         return found
 
     def _completed(self, table: pd.DataFrame) -> pd.DataFrame:
-        """With what the index counts: terms of every feature, and labels where no program told."""
+        """With what the index counts: terms of every feature, and labels where no program told, or
+        several did: these are of the same columns for all features."""
         found: dict[str, Any] = {}
         count = np.diff(self.feature_terms.indptr)
         if self.terms:
@@ -358,14 +360,20 @@ class Run:
             mean = np.full(len(n_active), np.nan)
             np.divide(self.index["sum"], n_active, out=mean, where=n_active > 0)
             found["mean_active"] = mean
-            if "auroc" not in table and (labels := self.labels()):
+            several = len(self.folders) > 1
+            if (several or "auroc" not in table) and (labels := self._described()):
                 found |= self._best_labels(labels)
         table = table.assign(**found)
         order = [column.name for column in columns.STANDARD if column.name in table]
         return table[[*order, *(name for name in table if name not in order)]]
 
+    def _described(self) -> list[tuple[int, dict[str, Any], slice]]:
+        """Of `labels` those that the first program to tell took for labels, or else all."""
+        told = next((names for folder in self.folders if (names := folder.labels())), [])
+        return [each for each in self.labels() if each[1]["name"] in told] or self.labels()
+
     def _best_labels(self, labels: list[tuple[int, dict[str, Any], slice]]) -> dict[str, Any]:
-        """Of all labels of all columns the one that each feature tells best."""
+        """Of all labels of some columns the one that each feature tells best."""
         names = [value for _, held, _ in labels for value in held["categories"]]
         of = [held["name"] for _, held, _ in labels for _ in held["categories"]]
         own = np.concatenate([np.arange(place.start, place.stop) for _, _, place in labels])

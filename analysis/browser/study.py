@@ -13,6 +13,7 @@ or tired, after the same neighbour, and what raters learn on the way would pass 
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import functools
 import hashlib
 import hmac
@@ -20,6 +21,7 @@ import json
 import re
 import secrets
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -170,13 +172,15 @@ def write(
         InputError: if there is a study of that name.
     """
     home = _home(state) / study.name
-    if home.exists():
-        raise InputError(f"there is a study {study.name!r} in {state}: take another name.")
-    with files.write_aside(home) as fresh:
-        fresh.mkdir(mode=0o700)
-        (fresh / "study.json").write_text(json.dumps(dataclasses.asdict(study), indent=1))
-        (fresh / "panels.json").write_text(_text(content))
-        answers.create(fresh / "answers.sqlite", study.rater, study.item)
+    with _making(home.parent):
+        files.remove_leftovers(home.parent)
+        if home.exists():
+            raise InputError(f"there is a study {study.name!r} in {state}: take another name.")
+        with files.write_aside(home) as fresh:
+            fresh.mkdir(mode=0o700)
+            (fresh / "study.json").write_text(json.dumps(dataclasses.asdict(study), indent=1))
+            (fresh / "panels.json").write_text(_text(content))
+            answers.create(fresh / "answers.sqlite", study.rater, study.item)
     return tokens
 
 
@@ -266,6 +270,15 @@ def hashed(token: str) -> str:
 
 def _home(state: Path) -> Path:
     return Path(state) / "studies"
+
+
+@contextmanager
+def _making(studies: Path) -> Iterator[None]:
+    """While no other process makes a study here; the system gives the lock of a killed one back."""
+    studies.mkdir(parents=True, exist_ok=True)
+    with (studies / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _names(state: Path) -> Iterator[str]:

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from inspect import iscoroutinefunction
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import parse_qsl
@@ -22,12 +25,16 @@ from starlette.routing import Route
 from starlette.templating import Jinja2Templates
 
 from analysis.browser import safety, study
-from analysis.browser.answers import Answers, RaterAnswers
+from analysis.browser.answers import MOST, Answers, NotSavedError, RaterAnswers
 from analysis.browser.study import Item, Rater, Study
 from sae_jax import InputError
 
+Endpoint = Callable[[Request], Any]  # a response, or awaited for one
 COOKIE = "sae_rater"
 MOST_BYTES = 200_000  # of a request: three answers of 5,000 characters, escaped as JSON, and more
+UNTITLED = "Study"  # where the study is not known yet
+RESTART = "restart `sae-jax browse` to open this study"
+FULL = "Not saved: the disk of this server is full"
 _AWAY = f"{COOKIE}=; Path=/; HttpOnly; SameSite=Strict; Max-Age=0"
 
 
@@ -48,11 +55,12 @@ def routes(context: Context) -> list[Route]:
     Raises:
         InputError: if the files of a study are damaged: before the first rater comes.
     """
-    for each in study.load_all(context.state):
+    known = study.load_all(context.state)
+    for each in known:
         study.open_answers(context.state, each)
         study.content(context.state, each)
-    pages = StudyPages(context)
-    return [
+    pages = StudyPages(context, {each.name for each in known})
+    raters = [
         Route("/study", pages.home),
         Route("/study/enter", pages.enter, methods=["GET", "POST"]),
         Route("/study/leave", pages.leave, methods=["POST"]),
@@ -60,11 +68,18 @@ def routes(context: Context) -> list[Route]:
         Route("/study/item/{number}/data", pages.data),
         Route("/study/item/{number}/answer", pages.answer, methods=["POST"]),
         Route("/study/item/{number}/undo", pages.undo, methods=["POST"]),
+    ]
+    owners = [
         Route("/study/owner/{name}", pages.report),
         Route("/study/owner/{name}/answers.csv", pages.answers_csv),
         Route("/study/owner/{name}/history.csv", pages.history_csv),
         Route("/study/owner/{name}/agreement.csv", pages.agreement_csv),
         Route("/study/owner/{name}/figure.png", pages.figure),
+    ]
+    rest = [Route(path, pages.nothing, methods=_METHODS) for path in ("/study", "/study/{_:path}")]
+    return [
+        Route(each.path, pages.told(each.endpoint, each in owners), methods=list(each.methods))
+        for each in (*raters, *owners, *rest)
     ]
 
 
@@ -92,8 +107,30 @@ class _Place:
 class StudyPages:
     """The endpoints."""
 
-    def __init__(self, context: Context) -> None:
-        self.context = context
+    def __init__(self, context: Context, known: Collection[str]) -> None:
+        """known: the studies that were there at the start. A later one opens with the next start,
+        which asks for an owner's token: without it, its raters would be owners elsewhere."""
+        self.context, self.known = context, known
+
+    def told(self, endpoint: Endpoint, owners: bool) -> Endpoint:
+        """Tells errors in a page of the study: the explorer's page of errors names the run, and is
+        for the owner at the owner's addresses alone."""
+
+        async def told(request: Request) -> Response:
+            try:
+                if iscoroutinefunction(endpoint):
+                    return await endpoint(request)
+                return await run_in_threadpool(endpoint, request)
+            except HTTPException as error:
+                page = "text/html" in request.headers.get("accept", "")
+                if not page or (owners and self.context.owner(request)):
+                    raise
+                return self._page(
+                    request, "study_failed.html", error.status_code, title=UNTITLED,
+                    told=error.detail,
+                )  # fmt: skip
+
+        return told
 
     def home(self, request: Request) -> Response:
         """A rater's list of items; for the owner, the list of studies."""
@@ -127,7 +164,8 @@ class StudyPages:
     def data(self, request: Request) -> Response:
         """What an item shows; the very same bytes when it is shown again."""
         place = self._place(request)
-        shown = study.content(self.context.state, place.study)[place.item(request).shown]
+        with _intact():
+            shown = study.content(self.context.state, place.study)[place.item(request).shown]
         return JSONResponse(
             {"columns": place.study.metadata, **shown}, headers={"Cache-Control": "no-store"}
         )
@@ -146,12 +184,14 @@ class StudyPages:
     async def enter(self, request: Request) -> Response:
         """A rater's token becomes a cookie."""
         if request.method == "GET":
-            return self._page(request, "study_enter.html", title="Study")
+            return self._page(request, "study_enter.html", title=UNTITLED)
         form = await _form(request)
         safety.check_csrf(request, form.get("csrf"))
         token = form.get("token", "").strip()
-        if await run_in_threadpool(study.rater_of_token, self.context.state, token) is None:
+        found = await run_in_threadpool(study.rater_of_token, self.context.state, token)
+        if found is None:
             raise HTTPException(403, "This is no rater's link, or no longer: ask who sent it.")
+        self._check_known(found[0])
         response = RedirectResponse("/study", 303)
         response.headers.append("Set-Cookie", safety.cookie(COOKIE, token))
         return response
@@ -175,16 +215,20 @@ class StudyPages:
         )  # fmt: skip
 
     def answers_csv(self, request: Request) -> Response:
-        """What holds now."""
-        return self._file(request, "answers", lambda results, *of: results.answers_csv(*of))
+        """What holds now; with ?raw=1 the words are exactly those that were typed."""
+        return self._file(request, "answers")
 
     def history_csv(self, request: Request) -> Response:
-        """Every change."""
-        return self._file(request, "history", lambda results, *of: results.history_csv(*of))
+        """Every change; `raw` as of `answers_csv`."""
+        return self._file(request, "history")
 
     def agreement_csv(self, request: Request) -> Response:
         """The tables of the report in one, the name of each in its first column."""
-        return self._file(request, "agreement", lambda results, *of: results.report_csv(*of))
+        return self._file(request, "agreement")
+
+    async def nothing(self, request: Request) -> Response:
+        """Any other address under /study, so that `told` tells it."""
+        raise HTTPException(404, "There is no such page.")
 
     def figure(self, request: Request) -> Response:
         """Figure 3A."""
@@ -199,23 +243,29 @@ class StudyPages:
 
     def _studies(self, request: Request) -> Response:
         self._check_owner(request)
+        designs = study.load_all(self.context.state)
         found = [
             (each, study.progress(each, study.open_answers(self.context.state, each)))
-            for each in study.load_all(self.context.state)
+            for each in designs
+            if each.name in self.known
         ]
-        return self._page(request, "study_owner.html", studies=found)
+        new = [each.name for each in designs if each.name not in self.known]
+        return self._page(request, "study_owner.html", studies=found, new=new, restart=RESTART)
 
-    def _file(self, request: Request, what: str, make: Callable[..., str]) -> Response:
-        design, answers = self._owned(request)
+    def _file(self, request: Request, what: str) -> Response:
+        owned = self._owned(request)
         from analysis.browser import study_results
 
+        make = {
+            "answers": study_results.answers_csv, "history": study_results.history_csv,
+            "agreement": study_results.report_csv,
+        }[what]  # fmt: skip
+        raw = request.query_params.get("raw") == "1"
+        name = f"{owned[0].name}_{what}{'_raw' if raw else ''}.csv"
         headers = {
-            "Content-Disposition": f'attachment; filename="{design.name}_{what}.csv"',
-            "Cache-Control": "no-store",
-        }
-        return Response(
-            make(study_results, design, answers), headers=headers, media_type="text/csv"
-        )
+            "Content-Disposition": f'attachment; filename="{name}"', "Cache-Control": "no-store",
+        }  # fmt: skip
+        return Response(make(*owned, raw=raw), headers=headers, media_type="text/csv")
 
     def _check_owner(self, request: Request) -> None:
         if not self.context.owner(request):
@@ -227,6 +277,7 @@ class StudyPages:
         design = known.get(request.path_params["name"])
         if design is None:
             raise HTTPException(404, "There is no study of this name.")
+        self._check_known(design)
         return design, study.open_answers(self.context.state, design)
 
     def _place(self, request: Request) -> _Place:
@@ -234,7 +285,14 @@ class StudyPages:
         if found is None:
             raise HTTPException(403, "Enter by the link that you were sent.")
         design, rater = found
-        return _Place(design, rater, study.open_answers(self.context.state, design).of(rater.name))
+        self._check_known(design)
+        with _intact():
+            answers = study.open_answers(self.context.state, design).of(rater.name)
+        return _Place(design, rater, answers)
+
+    def _check_known(self, design: Study) -> None:
+        if design.name not in self.known:
+            raise HTTPException(403, RESTART)
 
     async def _change(self, request: Request, make: Callable[..., Any]) -> Response:
         safety.check_csrf(request, request.headers.get("x-csrf-token"))
@@ -248,22 +306,29 @@ class StudyPages:
             return JSONResponse(await run_in_threadpool(change))
         except InputError as error:
             raise HTTPException(422, str(error)) from None
+        except NotSavedError as error:
+            _log.error("an answer was not saved: %s", error)
+            raise HTTPException(507, FULL) from None
 
-    def _page(self, request: Request, template: str, **values: Any) -> Response:
+    def _page(self, request: Request, template: str, status: int = 200, **values: Any) -> Response:
         values = {"csrf": safety.csrf_token(request), "page": "study"} | values
         if "place" in values:  # a rater reads the study's title, and not the run's
             values["title"] = values["place"].study.title
-        response = self.context.templates.TemplateResponse(request, template, values)
+        response = self.context.templates.TemplateResponse(
+            request, template, values, status_code=status
+        )
         response.headers["Cache-Control"] = "no-store"
         return response
 
 
+_METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]
+_log = logging.getLogger(__name__)
 TABLES = {
     "shares": "Interpretable share, with Wilson's 95 % interval",
     "comparison": "Concepts less neurons",
-    "within": "Agreement of each rater with themselves, on repeats",
+    "within": "Agreement of each rater with themselves, on repeats (approximate 95 % interval)",
     "changes": "Answers to a first showing and to its repeat",
-    "between": "Agreement of every two raters",
+    "between": "Agreement of every two raters (approximate 95 % interval)",
     "alphas": "Krippendorff's alpha of all raters, with a bootstrap 95 % interval",
 }
 
@@ -271,9 +336,22 @@ TABLES = {
 def _named(sent: dict[str, Any]) -> tuple[int, str]:
     """The version that the page showed, and its name for the change."""
     base, save = sent.get("base"), sent.get("save")
-    if type(base) is not int or base < 0 or not isinstance(save, str) or not 8 <= len(save) <= 64:
-        raise InputError("this page is of another version of the program: reload it.")
+    counts = type(base) is int and 0 <= base <= MOST
+    names = isinstance(save, str) and 8 <= len(save) <= 64 and save.isascii() and save.isprintable()
+    if not counts or not names:
+        raise HTTPException(400, "This page is of another version of the program: reload it.")
     return base, save
+
+
+@contextmanager
+def _intact() -> Iterator[None]:
+    """Files that were damaged while the server ran: raters are told, and no paths with it."""
+    try:
+        yield
+    except InputError as error:
+        _log.error("%s", error)
+        told = "The files of this study cannot be read: tell who sent you the link."
+        raise HTTPException(500, told) from None
 
 
 async def _body(request: Request) -> bytes:
@@ -288,7 +366,7 @@ async def _body(request: Request) -> bytes:
 async def _json(request: Request) -> dict[str, Any]:
     try:
         sent = json.loads(await _body(request))
-    except ValueError:
+    except (ValueError, RecursionError):
         sent = None
     if not isinstance(sent, dict):
         raise HTTPException(400, "This is no answer.")

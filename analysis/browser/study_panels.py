@@ -5,9 +5,11 @@ dense: it would give itself away), values of activations, and the cells' names. 
 no kind, but ten of them recognise a repeat, let who holds the data look the feature up, and often
 spell the donor or the cell type.
 
-Every item has the same number of genes, samples and cells; attributions are given relative to the
-largest beside them, in thousandths: neither scale nor digits belong to a kind of feature (a latent
-that drops out of the top k falls by all it has, and other samples of it would look empty).
+Every item has the same number of genes, samples and cells, and all its lists together name the same
+number of genes (`level`: how much the samples of a feature differ would tell its kind at a glance);
+attributions are given relative to the largest beside them, in thousandths: neither scale nor digits
+belong to a kind of feature (a latent that drops out of the top k falls by all it has, and other
+samples of it would look empty).
 """
 
 from __future__ import annotations
@@ -81,7 +83,7 @@ def project(
     n_genes: int,
     links: Links,
 ) -> dict[str, Any]:
-    """What a rater sees of a feature.
+    """What a rater sees of a feature; `level` makes items with samples alike, and then final.
 
     Args:
         documents: of the run.
@@ -91,9 +93,10 @@ def project(
         links: where else one reads of a gene, by its number.
 
     Returns:
-        `genes`: names, links (and descriptions) of all genes that are shown; `average` and each of
-        `samples`: [gene, relative attribution], the largest first, n_genes of them; `titles` of the
-        samples; `cells`: metadata of the top cells, as text, the highest activation first.
+        `genes`: names, links (and descriptions) of all genes that are shown; `average`: [gene,
+        relative attribution], the largest first, n_genes of them; `samples`: attribution of every
+        gene of `genes` [samples, genes], of which `level` makes lists like `average`; `titles` of
+        the samples; `cells`: metadata of the top cells, as text, the highest activation first.
 
     Raises:
         CannotShowError: if the feature has fewer genes or cells than every item must show.
@@ -113,27 +116,40 @@ def project(
 
 
 def level(items: Iterable[dict[str, Any]]) -> int:
-    """Cuts every item's samples to the number that all have, and names them alike, in place.
+    """Makes the samples of all items alike, in place.
+
+    Every item keeps as many samples, under the same titles, and names as many genes as the item
+    with the fewest: those of the average, and of the others the strongest relative to the largest
+    of a sample. A sample lists its largest among those, as many as the average lists.
 
     Returns:
-        That number.
+        The number of samples.
     """
     items = [each for each in items if "samples" in each]
     n = min((len(each["samples"]) for each in items), default=0)
     titles = [each.pop("titles")[:n] for each in items]
     alike = all(each == titles[0] for each in titles)
-    for each in items:
+    strengths = [_strengths(each, n) for each in items]
+    n_named = min((int(np.isfinite(each).sum()) for each in strengths), default=0)
+    for each, strength in zip(items, strengths, strict=True):
+        kept = np.sort(np.argsort(-strength, kind="stable")[:n_named])
+        place = {gene: i for i, gene in enumerate(kept.tolist())}
+        each["genes"] = [each["genes"][gene] for gene in kept.tolist()]
+        each["average"] = [[place[gene], value] for gene, value in each["average"]]
+        bars = _bars(each["samples"][:n, kept], len(each["average"]))
         each["samples"] = [
-            {"title": titles[0][k] if alike else f"sample {k + 1}", "bars": bars}
-            for k, bars in enumerate(each["samples"][:n])
+            {"title": titles[0][k] if alike else f"sample {k + 1}", "bars": row}
+            for k, row in enumerate(bars)
         ]
     return n
 
 
 def _lacks(documents: Documents) -> dict[str, str]:
     """What keeps panels from being shown, by the first feature that is attributed."""
-    lacks = {}
-    if not documents("about").get("gene_info"):
+    lacks, about = {}, documents("about")
+    if told := about["panels"]["cells"]:
+        lacks["cells"] = f"There is no features.h5ad. {told}"
+    if not about.get("gene_info"):
         lacks["descriptions"] = "The run is open without NCBI's gene table: give --gene_info=FILE."
     told = "This run attributes nothing: make it with `sae-jax concepts`."
     for feature in range(len(documents("features")["names"])):
@@ -151,41 +167,67 @@ def _attribution(
 ) -> dict[str, Any]:
     if "absent" in found or len(found["names"]) < n_genes:
         raise CannotShowError(f"attributed to fewer than {n_genes} genes")
-    rows = {"average": np.asarray(found["values"], np.float64)[None]}
+    rows = np.asarray(found["values"], np.float64)[None]
     if "samples" in panels:
-        if not found.get("samples"):
+        if not found.get("samples") or not len(found["samples"]["of"]):
             raise CannotShowError("without single samples")
         values = np.asarray(found["samples"]["values"], np.float64)
-        rows["samples"] = values.reshape(len(found["samples"]["of"]), len(found["names"]))
-    # Stable: genes of equal attribution come in the order of the average, whatever the sample.
-    best = {k: np.argsort(-v, axis=1, kind="stable")[:, :n_genes] for k, v in rows.items()}
-    genes = np.unique(np.concatenate([each.ravel() for each in best.values()]))
-    place = {gene: i for i, gene in enumerate(genes.tolist())}
-    bars = {}
-    for name, values in rows.items():
-        top = np.take_along_axis(values, best[name], axis=1)
-        if not np.isfinite(top).all():
-            raise CannotShowError("attributions that are not finite")
-        largest = np.abs(top).max(axis=1, keepdims=True)
-        relative = np.round(top / np.where(largest, largest, 1), _PLACES) + 0.0  # no -0
-        bars[name] = [
-            [[place[gene], value] for gene, value in zip(*row, strict=True)]
-            for row in zip(best[name].tolist(), relative.tolist(), strict=True)
-        ]
+        rows = np.vstack([rows, values.reshape(len(found["samples"]["of"]), len(found["names"]))])
+    genes = np.unique(_best(rows, n_genes))
+    rows = rows[:, genes]
+    if not np.isfinite(rows).all():
+        raise CannotShowError("attributions that are not finite")
     shown: dict[str, Any] = {
         "genes": [
             {"name": str(found["names"][gene]), "links": links(int(found["genes"][gene]))}
             for gene in genes.tolist()
         ],
-        "average": bars["average"][0],
+        "average": _bars(rows[:1], n_genes)[0],
     }
     if "descriptions" in panels:
         for each, gene in zip(shown["genes"], genes.tolist(), strict=True):
             each["description"] = found["descriptions"][gene]
     if "samples" in panels:
-        shown["samples"] = bars["samples"]
+        shown["samples"] = rows[1:]
         shown["titles"] = _titles([p for p, _ in found["samples"]["of"]])
     return shown
+
+
+def _best(values: np.ndarray, n: int) -> np.ndarray:
+    """The n largest of each row, by place; equal ones in the order of the average, in all rows."""
+    return np.argsort(-values, axis=1, kind="stable")[:, :n]
+
+
+def _bars(values: np.ndarray, n: int) -> list[list[list[float]]]:
+    """Of each row the n largest, [place, value relative to the largest of them]."""
+    best = _best(values, n)
+    top = np.take_along_axis(values, best, axis=1)
+    relative = np.round(top / _largest(top), _PLACES) + 0.0  # no -0
+    return [
+        [[gene, value] for gene, value in zip(*row, strict=True)]
+        for row in zip(best.tolist(), relative.tolist(), strict=True)
+    ]
+
+
+def _largest(top: np.ndarray) -> np.ndarray:
+    """By absolute value, of each row [rows, 1]; 1 where all is 0."""
+    largest = np.abs(top).max(axis=1, keepdims=True)
+    return np.where(largest, largest, 1)
+
+
+def _strengths(item: Mapping[str, Any], n: int) -> np.ndarray:
+    """Of each gene of an item, its largest share of what is largest in one of the first n samples.
+
+    Greater than all others for genes of the average; NaN for those that none of them lists.
+    """
+    values, n_genes = item["samples"][:n], len(item["average"])
+    best = _best(values, n_genes)
+    relative = values / _largest(np.take_along_axis(values, best, axis=1))
+    strength = np.full(values.shape[1], np.nan)
+    listed = np.unique(best)
+    strength[listed] = relative[:, listed].max(axis=0)
+    strength[[gene for gene, _ in item["average"]]] = np.finfo(np.float64).max
+    return strength
 
 
 def _titles(prototypes: Sequence[int]) -> list[str]:

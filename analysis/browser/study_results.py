@@ -13,11 +13,14 @@ from analysis.browser import agreement
 from analysis.browser.answers import Answers
 from analysis.browser.study import Study
 
+RUNS = tuple("=+-@\t\r\n")  # a spreadsheet may run a cell that begins so
 
-def answers_csv(study: Study, answers: Answers) -> str:
-    """What holds now: a row a rater and item, in the rater's order, words exactly as typed.
 
-    Items without an answer are there too, so that gaps show. `position` counts from 1.
+def answers_csv(study: Study, answers: Answers, raw: bool = False) -> str:
+    """What holds now: a row a rater and item, in the rater's order.
+
+    Items without an answer are there too, so that gaps show. `position` counts from 1. `raw`: text
+    exactly as typed, for programs; else `safe` for spreadsheets.
     """
     held = {(row["rater"], row["item"]): row for row in answers.current()}
     rows = []
@@ -32,12 +35,12 @@ def answers_csv(study: Study, answers: Answers) -> str:
                 | {"complete": study.is_complete(answer), "version": row.get("version", 0),
                    "saved_at": row.get("at")}
             )  # fmt: skip
-    return _csv(list(rows[0]), rows)
+    return _csv(list(rows[0]), rows, raw)
 
 
-def history_csv(study: Study, answers: Answers) -> str:
+def history_csv(study: Study, answers: Answers, raw: bool = False) -> str:
     """Every change, the oldest first; `change` is "undo" where an earlier answer was brought back,
-    and `base` the version that the page had shown."""
+    and `base` the version that the page had shown. `raw` as of `answers_csv`."""
     names = ("id", "at", "rater", "item", "version", "base")
     rows = [
         {name: row[name] for name in names}
@@ -45,7 +48,7 @@ def history_csv(study: Study, answers: Answers) -> str:
         | _fields(study, row["answer"])
         for row in answers.history()
     ]
-    return _csv([*names, "change", *_fields(study, {})], rows)
+    return _csv([*names, "change", *_fields(study, {})], rows, raw)
 
 
 def ratings(study: Study, answers: Answers) -> pd.DataFrame:
@@ -77,12 +80,19 @@ def report(study: Study, answers: Answers) -> dict[str, pd.DataFrame]:
     return {name: table for name, table in tables.items() if len(table)}
 
 
-def report_csv(study: Study, answers: Answers) -> str:
-    """The tables of `report` under each other, with `table` as the first column."""
+def report_csv(study: Study, answers: Answers, raw: bool = False) -> str:
+    """The tables of `report` under each other, with `table` as the first column; `raw` as of
+    `answers_csv`, of raters' names."""
     tables = report(study, answers)
     if not tables:
         return "table\n"
-    return pd.concat(tables, names=["table"]).reset_index("table").to_csv(index=False)
+    table = pd.concat(tables, names=["table"]).reset_index("table")
+    return (table if raw else table.map(safe)).to_csv(index=False)
+
+
+def safe(value: Any) -> Any:
+    """Text that a spreadsheet would run, after an apostrophe; anything else as it is."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(RUNS) else value
 
 
 def figure_png(study: Study, answers: Answers) -> bytes:
@@ -102,9 +112,9 @@ def _fields(study: Study, answer: Mapping[str, Any]) -> dict[str, Any]:
     return {name: answer.get(name) for name in names}
 
 
-def _csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
+def _csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]], raw: bool) -> str:
     written = io.StringIO()
     writer = csv.DictWriter(written, columns)
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows(rows if raw else ({k: safe(v) for k, v in row.items()} for row in rows))
     return written.getvalue()

@@ -17,6 +17,7 @@ from sae_jax import InputError
 
 SEARCHED = ("label", "term", "term_down", "top_genes", "attributed_genes")
 SIZE = 50
+MOST_TYPED, MOST_WORDS, MOST_CORNERS = 200, 20, 2000  # characters of q and of words, words, corners
 
 
 def query(run: Run, parameters: Mapping[str, str]) -> dict[str, Any]:
@@ -36,7 +37,7 @@ def query(run: Run, parameters: Mapping[str, str]) -> dict[str, Any]:
       these rows; missing ones are None, flags 0 or 1.
 
     Raises:
-      InputError: an unknown parameter, or a value that is none.
+      InputError: an unknown parameter, or a value that is none, or too long.
     """
     given = {name: value for name, value in parameters.items() if value != ""}
     page, size = (_whole(given, name, default) for name, default in (("page", 0), ("size", SIZE)))
@@ -91,10 +92,14 @@ def _number(name: str, text: str) -> float:
 
 def _passing(run: Run, name: str, value: str) -> np.ndarray:
     """Which features pass a filter."""
+    if name in ("q", "words") and len(value) > MOST_TYPED:
+        raise InputError(f"{name} has {len(value)} characters: give {MOST_TYPED} at most")
     if name == "q":
         return _holding(run, value.casefold())
     if name == "words":
-        words = [word.strip().casefold() for word in value.split(",")]
+        words = dict.fromkeys(word.strip().casefold() for word in value.split(","))
+        if len(words) > MOST_WORDS:
+            raise InputError(f"words has {len(words)} different ones: give {MOST_WORDS} at most")
         terms = [terms_with(run, [word]) for word in words if word]
         some = np.unique(np.concatenate([np.empty(0, int), *terms]))
         return np.diff(run.feature_terms[:, some].indptr) > 0
@@ -145,6 +150,8 @@ def _in_lasso(run: Run, text: str) -> np.ndarray:
     corners = [pair.split(",") for pair in text.split(";") if pair]
     if len(corners) < 3 or any(len(pair) != 2 for pair in corners):
         raise InputError("a lasso is three corners or more: x,y;x,y;x,y")
+    if len(corners) > MOST_CORNERS:
+        raise InputError(f"a lasso has {len(corners)} corners: give {MOST_CORNERS} at most")
     numbers = [[_number("lasso", part) for part in pair] for pair in corners]
     return within(run.feature_map, np.asarray(numbers))
 

@@ -67,10 +67,10 @@
         facts({ "Also called": (found.aliases || []).join(", "), Ensembl: [found.ensembl || []].flat().join(", ") }),
         element("p", { class: "outs" }, (found.links || []).map((each) => SAE.out(each.title, each.href))),
       );
-      list("Features that it drives", "By attribution: how much its expression raises the feature.", [
+      list("Features that it drives", `By attribution: how much its expression raises the feature. ${found.told.driven}`, [
         columns.feature, columns.number("value", "Attribution"), columns.number("rank", "Rank", "of the gene among the feature's genes"), columns.label,
       ], found.driven, { missing: found.missing.driven, sort: "value", file: `${found.name}_driven`, empty: "It drives no feature that was attributed." });
-      list("Features in whose cells it differs", "By differential expression between cells in which the feature is active and others.", [
+      list("Features in whose cells it differs", `By differential expression between cells in which the feature is active and others. ${found.told.differing}`, [
         columns.feature, columns.number("log2_fold_change", "log2 fold change"), columns.number("t", "t"), columns.number("rank", "Rank"), columns.label,
       ], found.differing, { missing: found.missing.differing, sort: "t", file: `${found.name}_differing`, empty: "It is among the top genes of no feature." });
       list("Terms", "", [columns.term, columns.number("size", "Genes")], found.terms, {

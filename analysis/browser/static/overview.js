@@ -31,7 +31,7 @@
     );
     if (found.nulls?.length) {
       const told = found.nulls.map((each) => `${each.features} ${percent(each.named)}`).join(", ");
-      content.append(element("p", { class: "note" }, `Share named where there is less or nothing to find: ${told}.`));
+      content.append(element("p", { class: "note" }, `Share named where there is less or nothing to find: ${told}. ${found.named_told || ""}`));
     }
     prepare();
   });

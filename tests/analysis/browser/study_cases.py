@@ -28,8 +28,10 @@ SECRETS = (
 class Documents:
     """14 concepts, then 12 neurons. Concept 3 has few genes, neuron 20 few cells, 21 nothing."""
 
-    def __init__(self, scale: float = 1.0, gene_info: bool = True, samples: bool = True) -> None:
-        self.scale, self.gene_info, self.samples = scale, gene_info, samples
+    def __init__(
+        self, scale: float = 1.0, gene_info: bool = True, samples: bool = True, cells: bool = True
+    ) -> None:
+        self.scale, self.gene_info, self.samples, self.cells = scale, gene_info, samples, cells
         n = N_CONCEPTS + N_NEURONS
         self.names = [f"concept_{i}" for i in range(N_CONCEPTS)]
         self.names += [f"dim{i}+" for i in range(N_NEURONS)]
@@ -47,6 +49,7 @@ class Documents:
                 {"name": "n_counts", "kind": "number", "n_categories": None},
             ]
             return {"columns": columns, "n_cells": 1000, "gene_info": self.gene_info,
+                    "panels": {"cells": None if self.cells else "Make it again: --resume."},
                     "fingerprint": "f00d", "title": "hidden label"}  # fmt: skip
         if key == "features":
             codes = np.array([0] * N_CONCEPTS + [1] * N_NEURONS)
@@ -77,6 +80,8 @@ class Documents:
 
     def _page(self, feature: int) -> dict[str, Any]:
         n = 4 if feature == 20 else 12
+        if not self.cells:
+            return {"bands": []}
         rows = [
             {"cell": c, "name": f"barcode{c}", "activation": 9.0 - c / 7,
              "metadata": {"celltype": f"{NASTY} {(feature + c) % 4}", "barcode": f"barcode{c}",

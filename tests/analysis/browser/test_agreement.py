@@ -38,7 +38,8 @@ def test_kappa_equals_scikit_learns(pairs: list[tuple[str, str]]) -> None:
     if a == b or min(len({*a}), len({*b})) == 1:
         assert np.isnan(found["low"])
     if np.isfinite(found["low"]):
-        assert found["low"] < found["kappa"] < found["high"]
+        assert -1 <= found["low"] <= found["kappa"] <= found["high"] <= 1
+        assert found["low"] < found["high"]
 
 
 def test_kappa_of_two_options_is_the_plain_one_and_its_interval_the_printed_formulas() -> None:
@@ -55,6 +56,16 @@ def test_kappa_of_two_options_is_the_plain_one_and_its_interval_the_printed_form
     )
     error = np.sqrt((inner - (k - pe * (1 - k)) ** 2) / (50 * (1 - pe) ** 2))
     assert found["high"] - found["kappa"] == pytest.approx(stats.norm.ppf(0.975) * error)
+
+
+def test_kappas_interval_ends_at_one_and_minus_one() -> None:
+    same = ["yes", "no"] * 3
+    for a, b, end in (
+        (same, [*same[:5], "yes"], "high"),
+        (same, ["no", "yes"] * 2 + same[:2], "low"),
+    ):
+        found = agreement.kappa(a, b, ["no", "yes"])
+        assert found[end] == {"high": 1, "low": -1}[end]
 
 
 def counts_of(data: list[list[float]], values: list[float]) -> np.ndarray:
@@ -250,6 +261,16 @@ def test_shares_have_wilsons_interval_and_fishers_test(a: int, b: int, c: int, d
     assert row["difference"] == pytest.approx(a / (a + b + 1) - c / (c + d))
 
 
+def test_concepts_come_before_neurons_whoever_was_rated_first() -> None:
+    found = rated({"neuron": (1, 3), "concept": (3, 1)}, ("bob", "ann"))
+    table = agreement.shares(found)
+    assert list(zip(table["rater"], table["kind"], strict=True))[::2] == [
+        ("bob", "concept"), ("bob", "neuron"), ("ann", "concept"), ("ann", "neuron"),
+    ]  # fmt: skip
+    labels = [each.get_text() for each in agreement.figure(found).axes[0].get_xticklabels()]
+    assert [each.split("\n")[0] for each in labels] == ["concepts", "neurons"]
+
+
 def test_several_raters_of_a_feature_are_not_several_features() -> None:
     """Raters who say the same add nothing: p is that of one of them, permuting features."""
     shares = {"concept": (5, 1), "neuron": (1, 4)}
@@ -289,8 +310,8 @@ def test_the_figure_shows_the_shares() -> None:
         for axes in picture.axes
     ]
     assert heights[0] == {
-        "interpretable": pytest.approx([0.2, 0.6]), "signal but unclear": pytest.approx([0.1, 0]),
-        "not interpretable": pytest.approx([0.7, 0.4]),
+        "interpretable": pytest.approx([0.6, 0.2]), "signal but unclear": pytest.approx([0, 0.1]),
+        "not interpretable": pytest.approx([0.4, 0.7]),
     }  # fmt: skip
     written: Any = io.BytesIO()
     picture.savefig(written, format="png")

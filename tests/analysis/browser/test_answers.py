@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from analysis.browser.answers import Answers, create
+from analysis.browser.answers import Answers, NotSavedError, create
 from sae_jax import InputError
 
 NAMES = (f"save-{i:04d}" for i in itertools.count())
@@ -132,6 +132,27 @@ def test_a_change_that_fails_leaves_nothing(path: Path) -> None:
         answers.of("ann").save("1", {"x": object()}, 0, "save-a")
     assert answers.history() == []
     assert answers.of("ann").save("1", {"x": 1}, 0, "save-b").version == 1
+
+
+def test_a_full_disk_takes_nothing_and_is_read_on(path: Path) -> None:
+    answers = Answers(path)
+    ann = answers.of("ann")
+    ann.save("1", {"x": "old"}, 0, "save-old")
+    (pages,) = answers.rows("PRAGMA page_count")[0]
+    answers.rows(f"PRAGMA max_page_count = {pages}")  # as if the disk ended here: SQLITE_FULL
+    with pytest.raises(NotSavedError, match="full"):
+        ann.save("1", {"x": "new" * 9000}, 1, "save-new")
+    assert ann.get("1").answer == {"x": "old"}
+    assert len(answers.history()) == 1
+    answers.rows("PRAGMA max_page_count = 100000")
+    assert ann.save("1", {"x": "new" * 9000}, 1, "save-new").version == 2
+
+
+def test_an_error_that_is_not_of_the_disk_is_not_called_one(path: Path) -> None:
+    answers = Answers(path)
+    with pytest.raises(sqlite3.OperationalError, match="no such table"):  # noqa: SIM117
+        with answers.writing() as connection:
+            connection.execute("INSERT INTO absent VALUES (1)")
 
 
 def test_files_that_cannot_be_trusted_are_refused(path: Path, tmp_path: Path) -> None:

@@ -1,18 +1,20 @@
 """Documents against the raw files, by pandas and plain loops; keys that are none; hostile names."""
 
+import json
 import math
 import shutil
 from pathlib import Path
 from typing import Any
 
 import anndata
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from analysis.browser import documents, wire
+from analysis.browser import documents, table, wire
 from analysis.browser.documents import document
 from analysis.browser.feature_documents import Ranked
 from analysis.browser.run import Run
@@ -359,12 +361,17 @@ def test_a_gene(run: Run, folder: Path) -> None:
     top["size"] = top["t"].abs()
     first = {f"feature_{i}" for i in range(10)}
     top = pd.concat([dge.astype({"feature": str}), top[~top["feature"].isin(first)]])
-    top["rank"] = top["t"].abs().groupby(top["feature"]).rank(ascending=False, method="first")
+    up = top["t"] > 0
+    top["rank"] = top["t"].abs().groupby([top["feature"], up]).rank(ascending=False, method="first")
     truth = top[(top["gene"] == "GENE5") & (top["rank"] <= 50)]
     assert {row["name"]: row["rank"] for row in found["differing"]} == dict(
         zip(truth["feature"], truth["rank"], strict=True)
     )
-    assert len(run.index["differing.feature"]) == 96 * 50
+    kept = np.bincount(run.index["differing.feature"], run.index["differing.t"] > 0, minlength=96)
+    assert kept.tolist() == [min(50, n) for n in up.groupby(top["feature"]).sum()[run.names]]
+    assert len(run.index["differing.feature"]) == (top["rank"] <= 50).sum()
+    assert "50 genes that rise most and the 50 that fall most" in found["told"]["differing"]
+    assert "500 genes" in found["told"]["driven"]
     sizes = [abs(row["t"]) for row in found["differing"]]
     assert sizes == sorted(sizes, reverse=True)
     sets = pd.read_parquet(folder / "gene_sets.parquet")
@@ -474,6 +481,8 @@ def test_what_the_run_is(run: Run) -> None:
     assert about["title"] == "synthetic"
     assert about["nulls"] == [{"features": "cells permuted", "named": 0.0}]
     assert about["n_named"] == (run.features["n_terms"] > 0).sum()
+    assert about["share_named"] == about["n_named"] / (run.features["n_active"] > 0).sum()
+    assert "to be tested" in about["named_told"]
     missing = {name for name, told in about["panels"].items() if told}
     assert missing == {"gene_info"}
     assert document(run, "feature/50/attribution")["absent"].startswith("This feature was not")
@@ -482,6 +491,38 @@ def test_what_the_run_is(run: Run) -> None:
     for label in names["labels"]:
         found = document(run, "label/{}/{}".format(*label["index"]))
         assert found["value"] == label["text"]
+
+
+def test_a_marker_is_listed_though_more_genes_fall_by_more(folder: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "run"))
+    dge = pd.read_parquet(copy / "dge.parquet").astype({"feature": str, "gene": str})
+    own = dge["feature"] == "feature_3"
+    dge.loc[own, "t"] = -100 - np.arange(own.sum())
+    dge.loc[own & (dge["gene"] == "GENE5"), "t"] = 7.0
+    dge.to_parquet(copy / "dge.parquet", index=False)
+    run = Run.open([copy], tmp_path / "state")
+    listed = document(run, f"gene/{run.gene_number['GENE5']}")["differing"]
+    (row,) = [row for row in listed if row["name"] == "feature_3"]
+    assert (row["t"], row["rank"]) == (7.0, 1)
+
+
+def test_named_are_counted_as_the_table_counts_them(folder: Path, tmp_path: Path) -> None:
+    pair = (tmp_path / "lens", tmp_path / "concepts")
+    run_cases.split(folder, *pair)
+    with h5py.File(pair[0] / "features.h5ad", "a") as file:  # the lens counts testable ones
+        told = json.loads(file["uns/about"][()]) | {"n_named": 3, "share_named": 0.9}
+        file["uns/about"][()] = json.dumps(told)
+    gsea = pd.read_parquet(pair[1] / "gsea_attribution.parquet").astype({"feature": str})
+    first = gsea["feature"] == gsea["feature"].iloc[0]
+    of_neuron = gsea[first].assign(feature="neuron_0+", q=0.01)
+    pd.concat([gsea, of_neuron]).to_parquet(pair[1] / "gsea_attribution.parquet", index=False)
+    run = Run.open(pair, tmp_path / "state")
+    about = document(run, "about")
+    passed = table.query(run, {"n_terms_min": "1", "kind": "concept"})["total"]
+    assert table.query(run, {"n_terms_min": "1"})["total"] == passed + 1
+    assert about["n_named"] == passed
+    concepts = run.features[run.features["kind"] == "concept"]
+    assert about["share_named"] == passed / (concepts["n_active"] > 0).sum()
 
 
 def test_hostile_names_are_data(tmp_path: Path) -> None:

@@ -1,5 +1,10 @@
 """The index against the files it is made of, whatever its parts' size; when it is made anew."""
 
+import resource
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -126,33 +131,94 @@ def test_coordinates_keep_their_places() -> None:
     assert index.scaled(np.ones((3, 2)))[0].tolist() == [[0, 0, 0], [0, 0, 0]]
 
 
-def test_it_is_made_once_and_again_when_something_differs(folder: Path, tmp_path: Path) -> None:
-    made = []
+KEYS = [f"{i:x}" * 64 for i in range(5)]
+
+
+def maker(key: str, made: list[Path], value: int = 0) -> Callable[[Path], None]:
+    """Writes an index of one array."""
 
     def make(path: Path) -> None:
         made.append(path)
         writer = index.Writer(path)
-        writer.save("x", np.arange(3))
-        writer.finish(key=f"key {len(made)}")
+        writer.save("x", np.arange(3) + value)
+        writer.finish(key=key)
 
+    return make
+
+
+def test_it_is_made_once_for_a_key(tmp_path: Path) -> None:
+    made: list[Path] = []
     place = tmp_path / "index"
-    index.opened(place, "key 1", make)
-    assert index.opened(place, "key 1", make)["x"].tolist() == [0, 1, 2]
+    first = index.opened(place, KEYS[0], maker(KEYS[0], made))
+    assert index.opened(place, KEYS[0], maker(KEYS[0], made))["x"].tolist() == [0, 1, 2]
     assert len(made) == 1
-    index.opened(place, "key 2", make)
+    index.opened(place, KEYS[1], maker(KEYS[1], made, 7))
     assert len(made) == 2
-    (place / "x").write_bytes(b"short")  # damaged
-    index.opened(place, "key 2", make)
+    assert first["x"].tolist() == [0, 1, 2]
+    (place / KEYS[1][:16] / "x").write_bytes(b"short")  # damaged
+    index.opened(place, KEYS[1], maker(KEYS[1], made))
     assert len(made) == 3
+    alike = KEYS[1][:16] + "0" * 48  # of the same folder's name
+    assert index.opened(place, alike, maker(alike, made, 9))["x"].tolist() == [9, 10, 11]
 
     def fail(path: Path) -> None:
         index.Writer(path).save("x", np.arange(9))
         raise InputError("no")
 
     with pytest.raises(InputError, match="no"):
-        index.opened(place, "key 9", fail)
-    assert [path.name for path in tmp_path.iterdir()] == ["index"]
-    assert len(index.Index(place)["x"]) == 3
+        index.opened(place, KEYS[4], fail)
+    assert {path.name for path in place.iterdir()} == {KEYS[0][:16], KEYS[1][:16]}
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="cannot be written"):
-        index.opened(tmp_path / "file" / "index", "key", make)
+        index.opened(tmp_path / "file" / "index", KEYS[0], maker(KEYS[0], made))
+
+
+def test_the_last_opened_stay_and_those_in_use(tmp_path: Path) -> None:
+    place = tmp_path / "index"
+    (place / "of someone").mkdir(parents=True)
+    held = index.opened(place, KEYS[0], maker(KEYS[0], []))
+    for key in KEYS[1:4]:
+        index.opened(place, key, maker(key, []))
+        time.sleep(0.01)
+    index.opened(place, KEYS[1], maker(KEYS[1], []))
+    index.opened(place, KEYS[4], maker(KEYS[4], []))
+    names = {path.name for path in place.iterdir()}
+    assert names == {"of someone", *(KEYS[i][:16] for i in (0, 1, 3, 4))}
+    assert held["x"].tolist() == [0, 1, 2]
+    del held
+    index.opened(place, KEYS[2], maker(KEYS[2], []))
+    assert KEYS[0][:16] not in {path.name for path in place.iterdir()}
+
+
+def test_of_two_at_once_one_makes_it_and_the_other_waits(tmp_path: Path) -> None:
+    made: list[Path] = []
+    begun = threading.Event()
+
+    def slow(path: Path) -> None:
+        begun.set()
+        time.sleep(0.2)
+        maker(KEYS[0], made)(path)
+
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(index.opened, tmp_path / "index", KEYS[0], slow)
+        begun.wait()
+        second = index.opened(tmp_path / "index", KEYS[0], maker(KEYS[0], made, 7))
+    assert len(made) == 1
+    assert first.result()["x"].tolist() == second["x"].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("most", [100, 5_000, 13_000])  # bytes of a file
+def test_a_full_disk_is_no_damaged_run(folder: Path, tmp_path: Path, most: int) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
+    try:
+        with pytest.raises(InputError) as caught:
+            Run.open([folder], tmp_path / "state")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    told = str(caught.value)
+    assert told.startswith(f"there is no room in {tmp_path / 'state'}: ")
+    assert "it is damaged" not in told
+    assert "needs about 0.1 MB" in told
+    assert not list((tmp_path / "state" / "index").iterdir())
+    Run.open([folder], tmp_path / "state")

@@ -1,6 +1,7 @@
 """Opening run folders: what they are together, what is refused, what is damaged, what is hidden."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -12,8 +13,9 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+from sklearn.metrics import roc_auc_score
 
-from analysis.browser import documents, rows
+from analysis.browser import columns, documents, index, rows, wire
 from analysis.browser.run import Run
 from sae_jax import InputError
 from tests.analysis.browser import run_cases
@@ -98,19 +100,32 @@ def test_whole_features_come_in_parts_of_any_size(folder: Path, size: int) -> No
 
 
 def test_the_fingerprint_is_of_the_contents(run: Run, copy: Path, tmp_path: Path) -> None:
-    before = (copy.parent / "state").exists()
     other = Run.open([copy], tmp_path / "state")
-    assert not before
     assert other.fingerprint == run.fingerprint
-    made = (tmp_path / "state" / "index" / "meta.json").stat().st_mtime_ns
+    (made,) = (tmp_path / "state" / "index").glob("*/meta.json")
+    before = made.stat()
     Run.open([copy], tmp_path / "state").close()
-    assert (tmp_path / "state" / "index" / "meta.json").stat().st_mtime_ns == made
+    assert made.stat() == before
     table = pd.read_parquet(copy / "features.parquet").assign(new=1.5)
     table.to_parquet(copy / "features.parquet")
     changed = Run.open([copy], tmp_path / "state")
     assert changed.fingerprint != run.fingerprint
-    assert (tmp_path / "state" / "index" / "meta.json").stat().st_mtime_ns > made
+    assert len(list((tmp_path / "state" / "index").glob("*/meta.json"))) == 2
     assert changed.features["new"].tolist() == [1.5] * 96
+
+
+def test_a_run_shows_its_own_numbers_whatever_else_uses_its_state(
+    run: Run, folder: Path, tmp_path: Path
+) -> None:
+    state = tmp_path / "state"
+    running = Run.open([folder], state)
+    for seed in range(1, 5):  # so many that the first's index would be removed if none held it
+        other = run_cases.lens(tmp_path / f"other {seed}", seed=seed)
+        Run.open([other], state).close()
+    assert len(list((state / "index").iterdir())) == index.KEPT + 1
+    for key in ("feature/3/activation", "cell/5", "label/0/0", "gene/7"):
+        one, same = (wire.pack(documents.document(each, key)) for each in (running, run))
+        assert one == same, key
 
 
 def test_nothing_is_written_to_the_run(run: Run, folder: Path) -> None:
@@ -197,7 +212,7 @@ def test_a_damaged_file_is_named(
     damage(copy / name)
     with pytest.raises(InputError, match=name):
         Run.open([copy], tmp_path / "state")
-    assert not (tmp_path / "state" / "index").exists()
+    assert not list((tmp_path / "state").glob("index/*"))
 
 
 def test_wrong_contents_are_named(copy: Path, tmp_path: Path) -> None:
@@ -225,6 +240,72 @@ def test_folders_that_are_none(tmp_path: Path) -> None:
         Run.open([tmp_path], tmp_path)
     with pytest.raises(InputError, match="at least one"):
         Run.open([], tmp_path)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"label": ["x"]}, {"labels": {"a": 1}}, {"labels": [["x"]]}, {"percentile": "x"}]
+)
+def test_settings_of_another_type_are_named(
+    copy: Path, tmp_path: Path, settings: dict[str, object]
+) -> None:
+    (copy / "lens.json").write_text(json.dumps(settings))
+    for shown in (None, ["donor"]):
+        with pytest.raises(InputError, match=rf"lens\.json .*{next(iter(settings))}"):
+            Run.open([copy], tmp_path / "state", columns=shown)
+
+
+def test_a_run_without_features_is_refused(copy: Path, tmp_path: Path) -> None:
+    adata = anndata.read_h5ad(copy / "features.h5ad")
+    adata[:, :0].copy().write_h5ad(copy / "features.h5ad")
+    for path in copy.glob("*.parquet"):
+        path.unlink()
+    with pytest.raises(InputError, match=r"features\.h5ad has no features"):
+        Run.open([copy], tmp_path / "state")
+
+
+def test_best_labels_of_all_features_are_of_the_same_columns(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    both = [Path(shutil.copytree(path, tmp_path / path.name)) for path in pair]
+    (both[0] / "lens.json").write_text(json.dumps({"label": "cell_type"}))
+    (both[1] / "concepts.json").write_text(json.dumps({"labels": ["donor"]}))
+    told = pd.read_parquet(both[0] / "features.parquet")
+    told["best_label"], told["best_label_auroc"] = "type 1", 0.123
+    told.to_parquet(both[0] / "features.parquet", index=False)
+    table = pd.read_parquet(both[1] / "features.parquet")
+    table["donor:best"], table["donor:auroc"] = "donor 1", 0.999
+    table.to_parquet(both[1] / "features.parquet", index=False)
+    adata = anndata.read_h5ad(both[0] / "features.h5ad")
+    x = np.c_[adata.X.toarray(), np.linspace(0, 2, adata.n_obs, dtype=np.float32)]
+    for folders, column in ((both, "cell_type"), (both[::-1], "donor")):
+        run = Run.open(folders, tmp_path / "state")
+        assert set(run.features["label_column"]) == {column}
+        known = adata.obs[column].notna().to_numpy()
+        values = adata.obs[column][known]
+        for name in (run.names[0], run.names[50], "neuron_0+"):
+            place = 96 if name == "neuron_0+" else int(name.rpartition("_")[2])
+            areas = {value: roc_auc_score(values == value, x[known, place])
+                     for value in values.unique()}  # fmt: skip
+            row = run.features.loc[name]
+            assert row["label"] == max(areas, key=areas.get)
+            assert row["auroc"] == pytest.approx(max(areas.values()), abs=1e-6)
+
+
+def test_another_file_for_gene_info_is_named(folder: Path, tmp_path: Path) -> None:
+    for name, content in (
+        ("table.tsv", b"gene\tvalue\nA\t1\n"), ("mouse.tsv", b"#tax_id\tGeneID\tSymbol\t"
+         b"Synonyms\tdbXrefs\n10090\t1\tA\t-\t-\n"), ("binary", bytes(range(256))),
+    ):  # fmt: skip
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(InputError, match=rf"^{re.escape(str(tmp_path / name))} "):
+            Run.open([folder], tmp_path / "state", tmp_path / name)
+
+
+def test_columns_of_another_rule_are_explained(folder: Path) -> None:
+    table = pd.DataFrame({"kind_code": ["local"], "local_label_code": ["a"]})
+    told = {column.name: column.description for column in columns.describe(table)}
+    assert "published code" in told["kind_code"]
+    assert "authors' code" in told["local_label_code"]
 
 
 def test_a_table_alone_is_a_run(copy: Path, tmp_path: Path) -> None:

@@ -1,5 +1,8 @@
 import json
 import shutil
+import subprocess
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +141,14 @@ def test_panels_are_those_the_run_has() -> None:
             make(Documents(gene_info=False, samples=False), panels=("attribution", panel))
 
 
+def test_a_run_without_the_cells_activations_says_so() -> None:
+    drawn, content, _ = make(Documents(cells=False))
+    assert drawn.panels == ("attribution", "samples", "descriptions")
+    assert not any("cells" in each for each in content.values())
+    with pytest.raises(InputError, match=r"'cells' cannot be shown.*features\.h5ad.*--resume"):
+        make(Documents(cells=False), panels=("attribution", "cells"))
+
+
 def test_a_projection_equals_a_plain_loop() -> None:
     documents = Documents()
     panels, metadata = study_panels.PANELS, ("celltype", "n_counts")
@@ -155,9 +166,10 @@ def test_a_projection_equals_a_plain_loop() -> None:
         return [(shown["genes"][gene]["name"], value) for gene, value in rows]
 
     assert named(shown["average"]) == bars(documents.values[2])
-    for row, expected in zip(shown["samples"], documents.samples_of[2], strict=True):
-        assert named(row) == bars(expected)
     assert shown["titles"][2:4] == ["cell 1, counterfactual 3", "cell 2, counterfactual 1"]
+    study_panels.level([shown])  # alone, an item keeps all genes of its lists
+    for row, expected in zip(shown["samples"], documents.samples_of[2], strict=True):
+        assert named(row["bars"]) == bars(expected)
     for gene in shown["genes"]:
         place = found["names"].index(gene["name"])
         assert gene["description"] == found["descriptions"][place]
@@ -169,8 +181,9 @@ def test_a_projection_equals_a_plain_loop() -> None:
 def test_nothing_but_content_tells_items_apart() -> None:
     _, content, _ = make()
     sizes = {
-        (len(c["average"]), len(c["samples"]), len(c["samples"][0]["bars"]), len(c["cells"]))
+        (len(c["genes"]), len(c["average"]), len(c["samples"]), len(each["bars"]), len(c["cells"]))
         for c in content.values()
+        for each in c["samples"]
     }
     assert len(sizes) == 1
     assert {each["average"][0][1] for each in content.values()} == {1.0}
@@ -186,13 +199,48 @@ def test_samples_are_cut_to_what_every_item_has() -> None:
     assert drawn.n_samples == 5
     assert {len(each["samples"]) for each in content.values()} == {5}
     items = [
-        {"samples": [[], []], "titles": ["a", "b"]},
-        {"samples": [[], []], "titles": ["a", "c"]},
+        {"genes": ["g"], "average": [[0, 1.0]], "samples": np.ones((2, 1)), "titles": titles}
+        for titles in (["a", "b"], ["a", "c"])
     ]
     assert study_panels.level(items) == 2
     assert {tuple(each["title"] for each in item["samples"]) for item in items} == {
         ("sample 1", "sample 2")
     }
+
+
+def test_items_name_as_many_genes_as_the_one_with_the_fewest() -> None:
+    """Lists of two of six genes; the item with the fewest names three, the other all of its six."""
+    few = np.array([[9.0, 8, 0, 0, 0, 0], [9, 0, 8, 0, 0, 0]])[:, :3]
+    many = np.array([[0, 0, 90.0, 45, 0, 0], [1, 0, 3, 2, 20, 18]])
+    items = [
+        {"genes": list("abcdef")[: values.shape[1]], "average": [[0, 1.0], [1, 0.5]],
+         "samples": values, "titles": ["x", "y"]}
+        for values in (few, many)
+    ]  # fmt: skip
+    assert study_panels.level(items) == 2
+    assert items[0]["genes"] == ["a", "b", "c"]
+    # a and b are the average's; of c (1), d (.5), e (1), f (.9) the first of the strongest stays.
+    assert items[1]["genes"] == ["a", "b", "c"]
+    assert items[1]["average"] == [[0, 1.0], [1, 0.5]]
+    assert [each["bars"] for each in items[1]["samples"]] == [
+        [[2, 1.0], [0, 0.0]],  # the second of the three in the order of the average
+        [[2, 1.0], [0, 0.333]],
+    ]
+
+
+@given(st.integers(0, 1000))
+@settings(max_examples=10, deadline=None)
+def test_the_number_of_genes_tells_no_kind(seed: int) -> None:
+    """Concepts whose samples differ, and neurons whose samples are all alike."""
+    documents = Documents()
+    documents.samples_of[N_CONCEPTS:, 1:] = documents.samples_of[N_CONCEPTS:, :1]
+    _, content, _ = make(documents, seed=seed, repeats=0)
+    assert len({len(each["genes"]) for each in content.values()}) == 1
+    for each in content.values():
+        lists = [each["average"], *(sample["bars"] for sample in each["samples"])]
+        assert {len(row) for row in lists} == {10}
+        named = {gene for row in lists for gene, _ in row}
+        assert named == set(range(len(each["genes"])))  # none is sent that is not listed
 
 
 def test_a_study_on_the_disk_is_the_one_that_was_drawn(tmp_path: Path) -> None:
@@ -216,6 +264,39 @@ def test_a_study_on_the_disk_is_the_one_that_was_drawn(tmp_path: Path) -> None:
     assert study.rater_of_token(tmp_path, fresh)[1].name == "ann"
     for nobody in ("", "x", "\ud800", token[:-1]):
         assert study.rater_of_token(tmp_path, nobody) is None
+
+
+def test_what_a_killed_program_left_goes_when_the_next_study_is_made(tmp_path: Path) -> None:
+    script = (
+        "import os, sys, pathlib; from sae_jax import files; from analysis.browser import study\n"
+        "with study._making(pathlib.Path(sys.argv[1])), "
+        "files.write_aside(pathlib.Path(sys.argv[1]) / 'first') as fresh:\n"
+        " fresh.mkdir(); print('here', flush=True); os.kill(os.getpid(), 9)"
+    )
+    home = tmp_path / "studies"
+    killed = subprocess.run([sys.executable, "-c", script, str(home)], check=False)
+    assert killed.returncode == -9
+    assert list(home.glob(".writing-*"))
+    study.write(tmp_path, *make())
+    assert not list(home.glob(".writing-*"))
+
+
+def test_two_programs_make_studies_one_after_the_other(tmp_path: Path) -> None:
+    """The later one waits: it would remove what the other is writing."""
+    done: list[str] = []
+
+    def other() -> None:
+        study.write(tmp_path, *make())
+        done.append("other")
+
+    with study._making(tmp_path / "studies"):
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join(0.5)
+        assert not done
+        assert not (tmp_path / "studies" / "first").exists()
+    thread.join()
+    assert done == ["other"]
 
 
 def test_answers_that_were_restored_are_those_that_are_used(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ import http.client
 import io
 import json
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from analysis.browser import safety, study, study_pages
+from analysis.browser import safety, study, study_draw, study_pages
 from tests.analysis.browser import study_cases
 from tests.analysis.browser.study_cases import NASTY, SECRETS
 
@@ -163,9 +164,16 @@ def test_changes_need_the_pages_own_token_and_form(tmp_path: Path, tokens: Token
     assert status(json.dumps(good), "0" * 64) == 403
     assert status("no JSON") == 400
     assert status("[]") == 400
+    for to in (address, address.replace("answer", "undo")):
+        for change in (
+            {"base": -1}, {"base": "0"}, {"base": True}, {"base": 2**63}, {"base": 10**30},
+            {"save": ""}, {"save": "\ud800" * 8}, {"save": "ééééééééé"}, {"save": 10**9},
+        ):  # fmt: skip
+            assert status(json.dumps(good | change), csrf, to) == 400, change
+        for body in ("[" * 100_000, '{"answer":' * 20_000, '{"base":' + "9" * 5000 + "}"):
+            assert status(body, csrf, to) == 400
     assert status(json.dumps(good | {"pad": "x" * study_pages.MOST_BYTES})) == 413
-    for change in ({"answer": {"kind": "x"}}, {"base": -1}, {"base": "0"}, {"save": ""}):
-        assert status(json.dumps(good | change)) == 422
+    assert status(json.dumps(good | {"answer": {"kind": "x"}})) == 422
     assert status(json.dumps(good), csrf, "/study/item/1/answer") == 404
     assert study.open_answers(tmp_path, ann.design).history() == []
     assert status(json.dumps(good)) == 200
@@ -226,14 +234,15 @@ def test_the_export_equals_what_was_typed(tmp_path: Path, tokens: Tokens, bob: s
     order = ann.design.rater["annabel"].order
     typed = {
         order[0]: whole(cell_type="yes", cell_type_words='B, or "plasma"; =1+1'),
+        order[1]: whole(tissue="yes", tissue_words="=1+1", process_words="'quoted'"),
         order[2]: whole(process="unclear", process_words="  zwei\nZeilen, é 細胞 🧬\t"),
     }
     for number, answer in typed.items():
         ann.change(number, answer=whole(process="yes"), base=0)
         ann.change(number, answer=answer, base=1)
     owner = TestClient(study_cases.app(tmp_path))
-    sent = owner.get("/study/owner/first/answers.csv")
-    assert "first_answers.csv" in sent.headers["content-disposition"]
+    sent = owner.get("/study/owner/first/answers.csv?raw=1")
+    assert "first_answers_raw.csv" in sent.headers["content-disposition"]
     rows = list(csv.DictReader(io.StringIO(sent.content.decode(), newline="")))
     assert [(r["rater"], r["position"]) for r in rows] == [
         (rater, str(i + 1)) for rater in ("annabel", bob) for i in range(12)
@@ -250,8 +259,111 @@ def test_the_export_equals_what_was_typed(tmp_path: Path, tokens: Tokens, bob: s
     history = owner.get("/study/owner/first/history.csv").content.decode()
     history = list(csv.DictReader(io.StringIO(history, newline="")))
     assert [(r["version"], r["change"], r["process"]) for r in history] == [
-        ("1", "save", "yes"), ("2", "save", "no"), ("1", "save", "yes"), ("2", "save", "unclear"),
+        ("1", "save", "yes"), ("2", "save", "no"), ("1", "save", "yes"), ("2", "save", "no"),
+        ("1", "save", "yes"), ("2", "save", "unclear"),
     ]  # fmt: skip
+
+
+def test_no_cell_of_a_file_for_spreadsheets_runs(tmp_path: Path) -> None:
+    token = study_cases.create(tmp_path, concepts=5, neurons=4, raters=("@ann",))["@ann"]
+    ann = Rater(tmp_path, token)
+    order = ann.design.rater["@ann"].order
+    words = ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "it's = fine", " =1", ""]
+    for number, each in zip(order, words, strict=True):
+        ann.change(number, answer=whole(tissue="yes", tissue_words=each))
+    owner = TestClient(study_cases.app(tmp_path))
+
+    def cells(name: str, column: str) -> list[str]:
+        sent = owner.get(f"/study/owner/first/{name}").content.decode()
+        return [row[column] for row in csv.DictReader(io.StringIO(sent, newline=""))]
+
+    for name in ("answers.csv", "history.csv"):
+        assert cells(f"{name}?raw=1", "tissue_words") == words
+        expected = [f"'{each}" for each in words[:6]] + words[6:]
+        assert cells(name, "tissue_words") == expected
+        assert set(cells(name, "rater")) == {"'@ann"}
+    assert "'@ann" in cells("agreement.csv", "rater")
+    assert "'@ann" not in cells("agreement.csv?raw=1", "rater")
+    page = owner.get("/study/owner/first").text
+    assert page.count("for spreadsheets)") == page.count("exact words, for programs)") == 2
+
+
+def test_a_full_disk_is_told_and_what_was_saved_can_be_read(tmp_path: Path, tokens: Tokens) -> None:
+    ann = Rater(tmp_path, tokens["annabel"])
+    number = ann.design.items[0].number
+    assert ann.change(number, answer=whole(tissue="yes", tissue_words="skin")).status_code == 200
+    log = tmp_path / "studies" / "first" / "answers.sqlite-wal"
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:  # SQLite's log cannot grow: 'disk I/O error'
+        resource.setrlimit(resource.RLIMIT_FSIZE, (log.stat().st_size, unlimited[1]))
+        refused = [ann.change(number, what, answer=whole()) for what in ("answer", "undo")]
+        page = ann.page(number)
+        others = [
+            ann.client.get("/study"), ann.client.get(f"/study/item/{number}/data"),
+            TestClient(study_cases.app(tmp_path)).get("/study/owner/first/answers.csv"),
+        ]  # fmt: skip
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    for each in refused:
+        assert (each.status_code, each.text) == (507, study_pages.FULL)
+    assert 'value="skin"' in page
+    assert [each.status_code for each in others] == [200] * 3
+    assert "skin" in others[-1].text
+    assert ann.change(number, answer=whole(), base=1).json()["version"] == 2
+
+
+def test_a_study_made_while_the_server_runs_opens_after_a_restart(
+    tmp_path: Path, tokens: Tokens
+) -> None:
+    running = study_cases.app(tmp_path)
+    drawn = study_draw.make(study_cases.Documents(), name="late", n_genes=10, concepts=5, neurons=4)
+    ((_, late),) = study.write(tmp_path, *drawn)
+    owner = TestClient(running, follow_redirects=False)
+    page = {"Accept": "text/html"}
+    told = owner.get("/study").text
+    assert study_pages.RESTART in told.replace("<code>", "`").replace("</code>", "`")
+    assert "/study/owner/late" not in told
+    assert owner.get("/study/owner/late").text == study_pages.RESTART
+    assert owner.get("/study/owner/late/answers.csv").status_code == 403
+    assert owner.get("/study/owner/first").status_code == 200
+    csrf = re.search(r'name="csrf" value="(\w+)"', owner.get("/study/enter").text)[1]
+    entered = owner.post("/study/enter", data={"token": late, "csrf": csrf})
+    assert (entered.status_code, entered.text) == (403, study_pages.RESTART)
+    assert "set-cookie" not in entered.headers
+    stale = TestClient(running, cookies={study_pages.COOKIE: late})
+    for address in ("/study", f"/study/item/{drawn[0].items[0].number}"):
+        for headers in ({}, page):
+            refused = stale.get(address, headers=headers)
+            assert refused.status_code == 403
+            assert study_pages.RESTART in refused.text
+    assert stale.get("/").status_code == 403
+    again = TestClient(study_cases.app(tmp_path), cookies={study_pages.COOKIE: late})
+    assert again.get("/study").status_code == 200
+
+
+def test_no_page_of_a_rater_names_the_run(tmp_path: Path, tokens: Tokens) -> None:
+    ann = Rater(tmp_path, tokens["annabel"])
+    page, number = {"Accept": "text/html"}, ann.design.items[0].number
+    shown = [
+        ann.client.get(address, headers=page)
+        for address in (
+            "/study", "/study/enter", f"/study/item/{number}", "/study/item/1",
+            "/study/item/1/data", "/study/nothing", "/study/leave", f"/study/item/{number}/answer",
+            "/study/owner/first", "/study/owner/second/answers.csv",
+        )
+    ]  # fmt: skip
+    shown += [ann.client.post(a, headers=page) for a in ("/study/enter", "/study", "/study/leave")]
+    stranger = TestClient(study_cases.app(tmp_path))
+    shown.append(stranger.get(f"/study/item/{number}", headers=page))
+    (tmp_path / "studies" / "first" / "answers.sqlite").unlink()
+    shown.append(ann.client.get(f"/study/item/{number}", headers=page))
+    assert [each.status_code for each in shown] == [
+        200, 200, 200, 404, 404, 404, 404, 404, 403, 403, 403, 404, 403, 403, 500,
+    ]  # fmt: skip
+    for each in shown:
+        assert "text/html" in each.headers["content-type"]
+        assert "hidden label" not in each.text
+        assert str(tmp_path) not in each.text
 
 
 def test_the_owners_report_follows_the_answers(tmp_path: Path, tokens: Tokens) -> None:

@@ -109,6 +109,9 @@ def test_words_light_up_features_by_their_terms(run: Run) -> None:
         chosen = [any(w.strip().lower() in t for w in words.split(",")) for t in terms]
         assert rows(run, words=words) == np.flatnonzero(carried[:, chosen].any(axis=1)).tolist()
     assert rows(run, words=",") == []
+    assert rows(run, words="process 1," * 15) == rows(run, words="process 1")
+    assert rows(run, q="x" * 200) == []
+    assert rows(run, lasso="1,2;" * 2000) == []
 
 
 def test_filters_hold_together(run: Run) -> None:
@@ -143,7 +146,9 @@ def test_numbers_alone_of_all_rows(run: Run) -> None:
         {"sort": "nothing"}, {"page": "-1"}, {"page": "1.5"}, {"size": "0"}, {"size": "x" * 99},
         {"page": "9" * 10}, {"nothing": "1"}, {"auroc_min": "nan"}, {"auroc_max": "x"},
         {"label_min": "3"}, {"technical": "perhaps"}, {"lasso": "1,2;3,4"}, {"lasso": "1,2;3;4,5"},
-        {"lasso": "a,b;c,d;e,f"}, {"auroc": "high"}, {"page": "٣"}, {"__class__": "x"},
+        {"lasso": "a,b;c,d;e,f"}, {"q": "x" * 201}, {"words": "x" * 201},
+        {"words": ",".join("abcdefghijklmnopqrstu")}, {"lasso": "1,2;" * 2001},
+        {"auroc": "high"}, {"page": "٣"}, {"__class__": "x"},
     ],
 )  # fmt: skip
 def test_what_is_refused(run: Run, parameters: dict[str, str]) -> None:
