@@ -36,11 +36,11 @@ bench: .venv/demo-installed .bench-venv/installed  ## Training beside other libr
 	$(PYTHON) -m venv .venv
 
 .venv/demo-installed: setup.py constraints.txt | .venv/bin/python
-	$(INSTALL) --editable '.[single-cell]'
+	$(INSTALL) --editable '.[single-cell,browser]'
 	touch $@
 
 .venv/extract-installed: setup.py constraints.txt | .venv/bin/python
-	$(INSTALL) --editable '.[single-cell,extract]'
+	$(INSTALL) --editable '.[single-cell,browser,extract]'
 	touch $@ .venv/demo-installed
 
 .venv/dev-installed: setup.py constraints.txt | .venv/bin/python
