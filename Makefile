@@ -19,7 +19,7 @@ demo-scvi: .venv/extract-installed  ## Real cells through a trained scVI to name
 	$(BIN)/sae-jax quickstart --h5ad=$(ZHENG) --embedding=$(SCVI)/latent.zarr --sweep=$(SCVI)/sweep --expression_is=counts --gene_symbols=symbol --label=celltype --workdir=$(SCVI)/report --overwrite
 
 test: .venv/dev-installed  ## Everything that CI tests
-	$(BIN)/python -m pytest -n 3 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/dev-installed
 	$(BIN)/ruff check .

@@ -34,10 +34,27 @@ MEMBERS = {
     ],
 }  # fmt: skip
 NAMES = ("activation", "pre_bias", "decoder_norm", "auxiliary")
+
+
+def pairwise(rows: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Some of the rows, in which every two values meet that meet in any: the greedy choice."""
+    pairs = {row: set(itertools.combinations(enumerate(row), 2)) for row in rows}
+    left, chosen = set().union(*pairs.values()), []
+    while left:
+        chosen.append(max(rows, key=lambda row: len(pairs[row] & left)))
+        left -= pairs[chosen[-1]]
+    return chosen
+
+
 EVERY = [
     dict(zip(NAMES, choice, strict=True))
-    for choice in itertools.product(*(CHOICES[name] for name in NAMES))
-    if not (choice[0] == "gated" and choice[3] == "auxk")
+    for choice in pairwise(
+        [
+            choice
+            for choice in itertools.product(*(CHOICES[name] for name in NAMES))
+            if not (choice[0] == "gated" and choice[3] == "auxk")
+        ]
+    )
 ]
 EVERY += [
     {"activation": "batch_topk", "nesting": "matryoshka", "levels": 3, "clipping": "norm"},

@@ -144,7 +144,7 @@ def wait_still(page: "sync_api.Page") -> None:
 
 def until(page: "sync_api.Page", condition: str) -> None:
     """Until a condition holds; Playwright's own waiting needs eval, which the policy forbids."""
-    for _ in range(200):
+    for _ in range(1500):
         if page.evaluate(condition):
             return
         page.wait_for_timeout(20)
