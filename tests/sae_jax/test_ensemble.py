@@ -15,8 +15,10 @@ from jax.sharding import AxisType, Mesh
 from sae_jax import SAEConfig, distributed, ensemble, steps, trainer
 from sae_jax.config import CHOICES, Architecture
 from sae_jax.state import Hyperparams, Params, TrainState
+from tests.sae_jax.covering import covering
 
 EPOCHS = 5
+
 ROWS = np.random.default_rng(0).normal(size=(70, 5)).astype(np.float32)
 SIZE = {"d_in": 5, "n_latents": 12, "batch_size": 16}
 RATES, SEEDS = [1e-2, 3e-3, 1e-2, 1e-3, 5e-2], [0, 0, 1, 2, 3]
@@ -36,24 +38,15 @@ MEMBERS = {
 NAMES = ("activation", "pre_bias", "decoder_norm", "auxiliary")
 
 
-def pairwise(rows: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """Some of the rows, in which every two values meet that meet in any: the greedy choice."""
-    pairs = {row: set(itertools.combinations(enumerate(row), 2)) for row in rows}
-    left, chosen = set().union(*pairs.values()), []
-    while left:
-        chosen.append(max(rows, key=lambda row: len(pairs[row] & left)))
-        left -= pairs[chosen[-1]]
-    return chosen
-
-
 EVERY = [
     dict(zip(NAMES, choice, strict=True))
-    for choice in pairwise(
+    for choice in covering(
         [
             choice
             for choice in itertools.product(*(CHOICES[name] for name in NAMES))
             if not (choice[0] == "gated" and choice[3] == "auxk")
-        ]
+        ],
+        strength=2,
     )
 ]
 EVERY += [

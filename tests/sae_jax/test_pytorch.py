@@ -14,6 +14,7 @@ import sae_jax
 from sae_jax import SAEConfig, models, steps
 from sae_jax.config import CHOICES, Architecture
 from sae_jax.state import Hyperparams, Params, TrainState, hyperparams
+from tests.sae_jax.covering import covering
 
 torch.set_num_threads(1)
 
@@ -27,6 +28,7 @@ COMBINATIONS = [
     if not (choice[1] == "tied" and choice[3] == "none")
     and not (choice[0] == "gated" and choice[5] == "auxk")
 ]
+COMBINATIONS = covering(COMBINATIONS, strength=3)
 
 
 class JumpReLU(torch.autograd.Function):
