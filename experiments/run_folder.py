@@ -22,7 +22,6 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 from absl import logging
-from anndata.io import read_elem
 from scipy import sparse
 
 import sae_jax
@@ -96,15 +95,17 @@ def input_maps(path: str | Path, names: pd.Index) -> dict[str, np.ndarray]:
     """
     if not h5py.is_hdf5(path):
         return {}
-    with h5py.File(path) as file:
-        wanted = [key for key, held in file.get("obsm", {}).items()
-                  if isinstance(held, h5py.Dataset) and held.ndim == 2 and held.shape[1] == 2
-                  and held.dtype.kind in "fiu"]  # fmt: skip
-        if not wanted:
-            return {}
-        key = file["obs"].attrs["_index"]
-        at = pd.Index(read_elem(file["obs"][key])).get_indexer(names)
-        found = {key: np.asarray(file["obsm"][key][:], np.float32)[at] for key in wanted}
+    # By anndata: files of its first versions hold obsm as one table, not as a group of arrays.
+    held = anndata.read_h5ad(path, backed="r")
+    try:
+        at = held.obs_names.get_indexer(names)
+        found = {
+            key: np.asarray(value, np.float32)[at] for key, value in held.obsm.items()
+            if isinstance(value, np.ndarray) and value.ndim == 2 and value.shape[1] == 2
+            and value.dtype.kind in "fiu"
+        }  # fmt: skip
+    finally:
+        held.file.close()
     maps = {}
     for key, coordinates in found.items():
         if not np.isfinite(coordinates).all():

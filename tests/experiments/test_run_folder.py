@@ -11,7 +11,7 @@ import pytest
 from scipy import sparse
 
 from analysis import gene_sets
-from experiments import run_folder
+from experiments import inputs, run_folder
 
 
 def test_columns_that_hdf5_cannot_hold_are_renamed_and_all_can_be_read(tmp_path: Path) -> None:
@@ -89,6 +89,17 @@ def test_maps_of_the_input_are_those_of_the_same_cells(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "cells.h5ad", "a") as file:
         del file["obsm"]
     assert run_folder.input_maps(tmp_path / "cells.h5ad", pd.Index(["d"])) == {}
+
+
+def test_maps_of_a_file_of_the_first_anndata() -> None:
+    """The cells of `make demo`, whose obsm is one table."""
+    pytest.importorskip("scanpy")
+    path = inputs.default_cells()
+    adata = anndata.read_h5ad(path)
+    found = run_folder.input_maps(path, adata.obs_names[::-1])
+    assert set(found) == {"X_umap_of_input"}
+    expected = adata.obsm["X_umap"][::-1].astype(np.float32)
+    np.testing.assert_array_equal(found["X_umap_of_input"], expected)
 
 
 def test_the_sets_are_written_as_they_were_tested(tmp_path: Path) -> None:
