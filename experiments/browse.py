@@ -40,7 +40,7 @@ LOOPBACK = ("127.0.0.1", "localhost")
 
 def define_flags() -> None:
     """Defines the flags; `cli.launch` calls this."""
-    flags.DEFINE_string("state", None, "Of index and studies; default: RUNDIR/browser.")
+    flags.DEFINE_string("state", None, "Of index and studies; default: RUNDIR/.browser.")
     flags.DEFINE_string("gene_info", None, "NCBI's gene_info: aliases and descriptions.")
     flags.DEFINE_string("host", "127.0.0.1", "To listen on; 0.0.0.0: all, by a token.")
     flags.DEFINE_integer("port", 8080, "Port; 0: a free one.", 0, 65535)
@@ -71,7 +71,7 @@ def main(folders: list[str]) -> None:
         raise InputError(f"{missing[0]} is no folder")
     if FLAGS.export:
         check_export(Path(FLAGS.export))
-    state = safety.check_state(Path(FLAGS.state) if FLAGS.state else paths[0] / "browser")
+    state = safety.check_state(Path(FLAGS.state) if FLAGS.state else default_state(paths[0]))
     gene_info = None if FLAGS.gene_info is None else Path(FLAGS.gene_info)
     logging.info("opening; the first time an index is made: seconds to a minute")
     hidden = {} if FLAGS.columns is None else {"columns": FLAGS.columns}
@@ -84,6 +84,11 @@ def main(folders: list[str]) -> None:
         new_study(run, state, folders)
     else:
         serve(run, state)
+
+
+def default_state(folder: Path) -> Path:
+    """Hidden in the run's folder, so that the run's program may fill that again."""
+    return folder / ".browser"
 
 
 def check_export(out: Path) -> None:

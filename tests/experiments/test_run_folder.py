@@ -11,7 +11,8 @@ import pytest
 from scipy import sparse
 
 from analysis import gene_sets
-from experiments import inputs, run_folder
+from experiments import browse, inputs, run_folder
+from sae_jax import InputError, workdir
 
 
 def test_columns_that_hdf5_cannot_hold_are_renamed_and_all_can_be_read(tmp_path: Path) -> None:
@@ -110,3 +111,12 @@ def test_the_sets_are_written_as_they_were_tested(tmp_path: Path) -> None:
     assert found.groupby("term", sort=False)["gene"].agg(sorted).to_dict() == {
         "two": ["A", "C"], "all": ["A", "B", "C"],
     }  # fmt: skip
+
+
+def test_a_folder_that_was_browsed_may_be_filled_again(tmp_path: Path) -> None:
+    state = browse.default_state(tmp_path)
+    state.mkdir()
+    workdir.refuse_others(tmp_path)
+    state.rename(tmp_path / "mine")
+    with pytest.raises(InputError, match="holds other files"):
+        workdir.refuse_others(tmp_path)
