@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from sae_jax import distributed
+
 WIDE, BLOCK = 1024, 8  # rows at least so wide are bisected so many at a time
 VALUE_PASSES = 16
 
@@ -126,7 +128,7 @@ def kth_largest_bound(values: jax.Array, k: jax.Array) -> jax.Array:
       and at most the k-th, or the k-th itself where the two tie.
     """
     *leading, n = values.shape
-    if n < WIDE or math.prod(leading) % BLOCK:
+    if n < WIDE or math.prod(leading) % BLOCK or distributed.latent_devices() > 1:
         return _bisect(values, k)
 
     def blocked(values: jax.Array) -> jax.Array:

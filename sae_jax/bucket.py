@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from flax import struct
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from sae_jax import (
@@ -17,6 +19,7 @@ from sae_jax import (
     metrics,
     models,
     programs,
+    pulse,
     steps,
     streaming,
     trainer,
@@ -26,7 +29,7 @@ from sae_jax.checkpoint import Checkpoints
 from sae_jax.config import Architecture, SAEConfig
 from sae_jax.dictionary import Dictionary
 from sae_jax.feeds import Stream
-from sae_jax.state import History, Normalizer
+from sae_jax.state import History, Normalizer, Params
 from sae_jax.streaming import Rows
 from sae_jax.workdir import Member
 
@@ -42,6 +45,7 @@ def train(
     bar: tqdm,
     checkpoints: Checkpoints | None = None,
     on_history: Callable[[np.ndarray, int, History], None] | None = None,
+    latent_devices: int = 1,
 ) -> list[Member]:
     """Train and measure configurations that share an architecture.
 
@@ -51,15 +55,17 @@ def train(
       provenance: of the dictionaries; `epochs`, `data_seed`, `patience` and, of a stream,
         `resident_bytes` in it are obeyed.
       bar: in steps of single configurations.
+      latent_devices: how many share each dictionary.
     """
     architecture = configs[0].architecture
-    mesh = distributed.member_mesh(len(configs))
+    mesh = distributed.member_mesh(len(configs), latent_devices)
     normalizer = data.fit_normalizer(rows, architecture.input_normalization)
     batches = len(rows) // architecture.batch_size
-    inputs = _inputs(rows, normalizer, architecture, provenance)
+    inputs = _inputs(rows, normalizer, architecture, provenance, mesh)
     validation = held_out.get("validation")
     if validation is not None:
         validation = models.normalize(jnp.asarray(validation), normalizer)
+        validation = ensemble.replicate(validation, mesh)
     epochs = provenance["epochs"]
     hyper = ensemble.stack_hyperparams(configs, mesh, inputs.dtype, epochs * batches)
     center = None
@@ -80,6 +86,7 @@ def train(
     bar.update(begun + epochs * batches * len(configs) - bar.n)  # all have stopped early, perhaps
     measured = {}
     for split, x in {"train": rows, **held_out}.items():
+        pulse.beat(f"evaluation of {split}")
         values = metrics.evaluate(
             trained.params, hyper, x, normalizer, architecture=architecture, mesh=mesh
         )
@@ -90,10 +97,35 @@ def train(
         # compiler ends in a segmentation fault at about the 160th.
         programs.forget()
         metrics.forget()
+    own = ensemble.own(len(hyper.seed), mesh)
+    finite = [
+        np.isfinite(leaf).reshape(len(own), -1).all(1) for leaf in jax.tree.leaves(trained.params)
+    ]
+    outcome = Outcome(
+        alive=np.all(finite, axis=0) & ~trained.diverged,
+        best_epoch=trained.best_epoch,
+        history=trained.history,
+        measured=measured,
+    )
+    outcome = ensemble.gathered(outcome)
     return [
-        _member(i, config, trained, measured, normalizer, provenance)
+        _member(i, config, outcome, trained.params, own, normalizer, provenance)
         for i, config in enumerate(configs)
     ]
+
+
+@struct.dataclass
+class Outcome:
+    """What the rows of results tell of a bucket, members in front.
+
+    alive: bool [members]. best_epoch: [members] or None. history: [members, epochs]. measured: by
+    name, [members].
+    """
+
+    alive: np.ndarray
+    best_epoch: np.ndarray | None
+    history: History
+    measured: dict[str, np.ndarray]
 
 
 def _inputs(
@@ -101,10 +133,11 @@ def _inputs(
     normalizer: Normalizer | None,
     architecture: Architecture,
     provenance: dict[str, Any],
+    mesh: Mesh,
 ) -> jax.Array | Stream:
-    """Normalised, on the device if they were read into memory, else as a stream."""
+    """Normalised, on the devices if they were read into memory, else as a stream."""
     if not isinstance(rows, Rows):
-        return models.normalize(jnp.asarray(rows), normalizer)
+        return ensemble.replicate(models.normalize(jnp.asarray(rows), normalizer), mesh)
     size = buffer_rows(rows, provenance["resident_bytes"], architecture)
     plan = streaming.Plan(
         rows=len(rows),
@@ -113,7 +146,7 @@ def _inputs(
         buffer_rows=size,
         data_seed=provenance["data_seed"],
     )
-    return Stream(rows, plan, normalizer)
+    return Stream(rows, plan, normalizer, mesh)
 
 
 def buffer_rows(rows: Rows, resident_bytes: int, architecture: Architecture) -> int:
@@ -125,28 +158,29 @@ def buffer_rows(rows: Rows, resident_bytes: int, architecture: Architecture) -> 
 def _member(
     i: int,
     config: SAEConfig,
-    trained: trainer.Trained,
-    measured: dict[str, np.ndarray],
+    outcome: Outcome,
+    params: Params,
+    own: range,
     normalizer: Normalizer | None,
     provenance: dict[str, Any],
 ) -> Member:
-    """The i-th of a bucket."""
-    weights = jax.tree.map(lambda leaf: leaf[i].copy(), trained.params)
-    finite = all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(weights))
-    alive = finite and not trained.diverged[i]
-    done = int(np.count_nonzero(~np.isnan(trained.history.loss[i]))) or 1
-    history = jax.tree.map(lambda leaf: leaf[i, :done], trained.history)
+    """The i-th of a bucket; without its dictionary if another process has it."""
+    alive = bool(outcome.alive[i])
+    done = int(np.count_nonzero(~np.isnan(outcome.history.loss[i]))) or 1
+    history = jax.tree.map(lambda leaf: leaf[i, :done], outcome.history)
     row = {
         **config.to_dict(),
         "status": "trained" if alive else "diverged",
         "epochs": done,
-        "best_epoch": done - 1 if trained.best_epoch is None else int(trained.best_epoch[i]),
+        "best_epoch": done - 1 if outcome.best_epoch is None else int(outcome.best_epoch[i]),
         "train_loss": float(history.loss[-1]),
-        **{name: value[i].item() if alive else np.nan for name, value in measured.items()},
+        **{name: value[i].item() if alive else np.nan for name, value in outcome.measured.items()},
     }
     if not alive:
         logging.warning("diverged: %s", config)
+    if not alive or i not in own:
         return Member(None, row, history)
+    weights = jax.tree.map(lambda leaf: leaf[i - own.start].copy(), params)
     return Member(Dictionary(config, weights, normalizer, provenance), row, history)
 
 

@@ -2,9 +2,10 @@
 
 <folder>/<step>/     one checkpoint: the leaves of a pytree by name, and what they were saved of
 
-Orbax writes a checkpoint aside and renames it, but it detects no damage, and raises where a file is
-cut: so each carries the SHA-256 of its leaves, and what cannot be read whole is skipped, with a
-warning, for the one before it.
+Of several processes each writes the rows it has, and whatever their number when it is read, each
+takes those of its members. Orbax writes a checkpoint aside and renames it, but it detects no
+damage, and raises where a file is cut: so each carries the SHA-256 of what every process wrote, and
+what cannot be read whole is skipped, with a warning, for the one before it.
 """
 
 import contextlib
@@ -21,6 +22,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
+from jax.sharding import Mesh
+
+from sae_jax import distributed, ensemble, pulse
 
 KEPT = 2  # of each bucket: the latest, and one to fall back on
 
@@ -85,20 +89,27 @@ class Checkpoints:
         """Whether it is time for the next one."""
         return self.preemption.asked or time.monotonic() - self.last >= self.every
 
-    def save(self, step: int, tree: Any) -> None:
+    def save(self, step: int, tree: Any, mesh: Mesh) -> None:
         """Writes one. If the disk refuses, that is said and training goes on.
 
+        Args:
+          tree: leaves [rows, ...] in NumPy, those of this process; as many in every process.
+          mesh: of the members.
+
         Raises:
-          Preempted: after it is written, if SIGTERM has come.
+          Preempted: in every process, after it is written, if SIGTERM has come to one.
         """
-        leaves = _named(jax.device_get(tree))
+        pulse.beat(f"checkpoint {step}")
+        leaves = _named(tree)
+        digests = distributed.agree(np.frombuffer(_digest(leaves), np.uint8))
+        whole = leaves if jax.process_count() == 1 else ensemble.put(leaves, mesh)
         about = {
             "members": self.positions,
-            "leaves": {name: [list(leaf.shape), str(leaf.dtype)] for name, leaf in leaves.items()},
-            "sha256": _digest(leaves),
+            "leaves": {name: [list(leaf.shape), str(leaf.dtype)] for name, leaf in whole.items()},
+            "sha256": [digest.tobytes().hex() for digest in digests],
         }
         content = ocp.args.Composite(
-            leaves=ocp.args.StandardSave(leaves), about=ocp.args.JsonSave(about)
+            leaves=ocp.args.StandardSave(whole), about=ocp.args.JsonSave(about)
         )
         try:
             with self._manager() as manager:
@@ -107,31 +118,45 @@ class Checkpoints:
         except Exception as error:  # Orbax raises many kinds, of which none may end a sweep
             logging.warning("no checkpoint could be written to %s: %s", self.folder, error)
         self.last = time.monotonic()
-        if self.preemption.asked:
+        if distributed.agree(self.preemption.asked).any():
             logging.warning("SIGTERM: stopped at epoch %d of this program; it can go on", step)
             raise Preempted
 
-    def latest(self, template: Any) -> Any | None:
-        """The newest that can be read, in the structure of `template`; None if there is none."""
-        if not self.folder.is_dir():
+    def latest(self, template: Any) -> tuple[int, Any] | None:
+        """The newest that can be read, and its step; None if there is none.
+
+        Returns:
+          What was saved, in the structure of `template`: the rows of all processes.
+        """
+        if not distributed.agree(self.folder.is_dir()).all():
             return None
         names = [jax.tree_util.keystr(path) for path, _ in _paths(template)]
         with self._manager() as manager:
-            for step in sorted(manager.all_steps(), reverse=True):
+            for step in self._steps(manager):
+                refused = ""
                 try:
                     leaves = self._read(manager, step)
                     if set(names) != set(leaves):
                         raise ValueError("it is of another version")
                 except Exception as error:  # as above
-                    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                    refused = str(error).splitlines()[0] if str(error) else type(error).__name__
                     logging.warning(
-                        "checkpoint %s/%d is skipped: %.200s", self.folder, step, reason
+                        "checkpoint %s/%d is skipped: %.200s", self.folder, step, refused
                     )
+                if not distributed.agree(bool(refused)).any():
+                    structure = jax.tree.structure(template)
+                    return step, jax.tree.unflatten(structure, [leaves[name] for name in names])
+                if distributed.is_first():
                     self._put_aside(step)
-                    continue
-                structure = jax.tree.structure(template)
-                return jax.tree.unflatten(structure, [leaves[name] for name in names])
         return None
+
+    def _steps(self, manager: ocp.CheckpointManager) -> list[int]:
+        """Those the first process sees, the newest first."""
+        there = np.full(2 * KEPT, -1)
+        newest = sorted(manager.all_steps(), reverse=True)[: len(there)]
+        there[: len(newest)] = newest
+        seen = distributed.agree(there)[0]
+        return seen[seen >= 0].tolist()
 
     def _put_aside(self, step: int) -> None:
         """Out of the way, else it would be kept as the latest and those of this run deleted; it is
@@ -157,8 +182,11 @@ class Checkpoints:
         content = ocp.args.Composite(leaves=ocp.args.StandardRestore(target))
         leaves = manager.restore(step, args=content)["leaves"]
         leaves = {name: np.array(leaf) for name, leaf in leaves.items()}
-        if _digest(leaves) != about["sha256"]:
-            raise ValueError("its values are not those that were saved")
+        parts = len(about["sha256"])
+        for i, digest in enumerate(about["sha256"]):
+            part = {name: _part(leaf, i, parts) for name, leaf in leaves.items()}
+            if _digest(part).hex() != digest:
+                raise ValueError("its values are not those that were saved")
         return leaves
 
     def _manager(self) -> ocp.CheckpointManager:
@@ -183,9 +211,15 @@ def _named(tree: Any) -> dict[str, np.ndarray]:
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in _paths(tree)}
 
 
-def _digest(leaves: dict[str, np.ndarray]) -> str:
+def _part(leaf: np.ndarray, i: int, parts: int) -> np.ndarray:
+    """The rows that the i-th process wrote."""
+    each = len(leaf) // parts
+    return leaf[i * each : (i + 1) * each]
+
+
+def _digest(leaves: dict[str, np.ndarray]) -> bytes:
     digest = hashlib.sha256()
     for name in sorted(leaves):
         digest.update(name.encode())
         digest.update(np.ascontiguousarray(leaves[name]))
-    return digest.hexdigest()
+    return digest.digest()

@@ -1,13 +1,40 @@
-"""Devices: how many this process computes on, and the mesh that members are spread over."""
+"""Devices and processes: how many there are, the mesh over all of them, what they agree on.
 
+Several processes run the same program, each on its own devices, and meet only where they must:
+members are divided between them, and between two chunks of epochs they exchange a few numbers.
+With one process, every function here is as cheap as it looks.
+"""
+
+import contextlib
+import dataclasses
+import math
 import os
+import re
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh
 
+from sae_jax import pulse
 from sae_jax.errors import InputError
+
+HEARTBEAT_SECONDS = 20  # after which a process that is lost ends the others
+JOIN_SECONDS = 300  # how long the first waits for the last
+PART_SECONDS = 120  # how long one that has ended waits for the others, who draw, say
+MESSAGE_BYTES = 2048  # of what the first process refuses, as the others hear it
+EXCHANGES = (
+    "all-reduce", "all-gather", "all-to-all", "collective-permute", "collective-broadcast",
+    "ragged-all-to-all", "reduce-scatter",
+)  # fmt: skip
+
+T = TypeVar("T")
 
 
 def use_all_cpu_cores() -> None:
@@ -33,15 +60,18 @@ def use_compilation_cache() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def one_of_many() -> tuple[int, int]:
-    """Which of the processes that were started together this is, and how many they are.
+def join() -> tuple[int, int]:
+    """Become one of the processes that were started together; which, and of how many.
 
     jax.distributed finds out: from Slurm, Open MPI, a pod of TPUs, or JAX_COORDINATOR_ADDRESS,
-    JAX_NUM_PROCESSES and JAX_PROCESS_ID. Then the processes part again, each with its own devices:
-    members of a sweep need nothing of each other, and so a process that is lost ends no other.
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID. From here on `sae_jax.train` runs on the devices of all,
+    and must be called by all with the same arguments. Where one is lost the others end within
+    HEARTBEAT_SECONDS, by an abort that Python cannot catch (see `sae-jax launch`, which tells who).
+
+    For programs, before their first JAX computation.
 
     Raises:
-      InputError: nothing says so, or the others do not come.
+      InputError: nothing says who the others are, or they do not come.
     """
     number = {
         name: int(os.environ[variable])
@@ -51,30 +81,210 @@ def one_of_many() -> tuple[int, int]:
         )
         if variable in os.environ
     }
+    pulse.beat("joining")
     try:
-        jax.distributed.initialize(**number)
+        jax.distributed.initialize(
+            **number,
+            initialization_timeout=JOIN_SECONDS,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=PART_SECONDS,
+        )
     except (ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(
-            f"--multihost: no other processes are found ({reason}); start them with srun or "
-            "mpirun, or set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
+            f"--multihost: no other processes are found ({reason}); start them with srun, mpirun "
+            "or `sae-jax launch`, or set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and "
+            "JAX_PROCESS_ID"
         ) from None
-    state = jax._src.distributed.global_state
-    found = state.process_id, state.num_processes
-    jax.distributed.shutdown()
-    return found
+    # The runtime has taken SIGTERM for itself and would do nothing at it.
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM) or signal.SIG_DFL)
+    pulse.beat("joined")
+    return jax.process_index(), jax.process_count()
+
+
+def is_first() -> bool:
+    """Whether this process writes what is written once."""
+    return jax.process_index() == 0
+
+
+def agree(values: Any) -> np.ndarray:
+    """What every process has said, [processes, ...]: exact, in the order of their numbers.
+
+    values: of the same shape and dtype in all. Waits for the last of them.
+    """
+    values = np.asarray(values)
+    if jax.process_count() == 1:
+        return values[None]
+    pulse.beat("waiting")
+    # As bytes: JAX would make float32 of float64.
+    raw = np.frombuffer(np.ascontiguousarray(values).tobytes(), np.uint8)
+    found = multihost_utils.process_allgather(raw)
+    pulse.beat("together")
+    return np.frombuffer(found.tobytes(), values.dtype).reshape(-1, *values.shape)
+
+
+def first(function: Callable[[], T]) -> T:
+    """`function()` in the first process, and then in the others: for what the first must do alone,
+    such as making a folder that the others find.
+
+    Raises:
+      InputError: in every process, where the first raises it.
+    """
+    if jax.process_count() == 1:
+        return function()
+    if not is_first():
+        refused = _heard("")
+        if refused:
+            raise InputError(f"refused by process 0: {refused}")
+        return function()
+    try:
+        value = function()
+    except InputError as error:
+        _heard(str(error) or "no reason given")
+        raise
+    _heard("")
+    return value
+
+
+def once(function: Callable[[], None]) -> None:
+    """`function()` in the first process alone; the others wait until it is done.
+
+    Raises:
+      InputError: in every process, where the first raises it.
+    """
+    first(lambda: function() if is_first() else None)
+
+
+@contextlib.contextmanager
+def held_once(context: contextlib.AbstractContextManager[Any]) -> Iterator[None]:
+    """The first process enters the context, for all: a lock that it takes, say."""
+    with contextlib.ExitStack() as stack:
+        once(lambda: stack.enter_context(context))
+        yield
+
+
+def leave(status: int, trace: bool = False) -> None:
+    """End this process at once if it is one of several: an orderly end would wait for the others,
+    who wait for it. `trace`: of the exception in hand, first."""
+    if jax.distributed.is_initialized():
+        if trace:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _heard(message: str) -> str:
+    """What the first process has said, cut to MESSAGE_BYTES."""
+    said = np.zeros(MESSAGE_BYTES, np.uint8)
+    text = message.encode()[:MESSAGE_BYTES]
+    said[: len(text)] = np.frombuffer(text, np.uint8)
+    return agree(said)[0].tobytes().rstrip(b"\0").decode(errors="ignore")
+
+
+def check_same(digest: bytes, what: str) -> None:
+    """Refuses to go on where processes were given different things.
+
+    Raises:
+      InputError: in every process, naming those that differ from the first.
+    """
+    found = agree(np.frombuffer(digest, np.uint8))
+    others = np.flatnonzero((found != found[0]).any(axis=1))
+    if others.size:
+        listed = ", ".join(map(str, others[:5])) + (", ..." if others.size > 5 else "")
+        raise InputError(f"process {listed} has {what} than process 0; all must be the same")
 
 
 def memory() -> int:
-    """Bytes that the local devices have together; of CPU devices, half of the machine's."""
+    """Bytes that the local devices have together, of the process that has least; of CPU devices,
+    half of the machine's, divided among the processes on it."""
     device = jax.local_devices()[0]
     if device.platform == "cpu":
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    limit = (device.memory_stats() or {}).get("bytes_limit", 2**33)
-    return limit * len(jax.local_devices())
+        room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+        # Where each has its share of the cores (`sae-jax launch`), it has its share of the memory.
+        here = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0)
+        if jax.process_count() > 1:
+            room = room * len(here) // (os.cpu_count() or 1)
+    else:
+        limit = (device.memory_stats() or {}).get("bytes_limit", 2**33)
+        room = limit * len(jax.local_devices())
+    return int(agree(np.int64(room)).min())
 
 
-def member_mesh(members: int) -> Mesh:
-    """The local devices in one axis named `member`; never more of them than members."""
-    devices = jax.local_devices()[: max(1, members)]
-    return Mesh(np.asarray(devices), ("member",), axis_types=(AxisType.Auto,))
+def memories(latent_devices: int = 1) -> int:
+    """Into how many equal parts `memory` falls, for dictionaries that so many devices share each;
+    CPU devices have it in common."""
+    if jax.local_devices()[0].platform == "cpu":
+        return 1
+    return jax.local_device_count() // latent_devices
+
+
+def member_mesh(members: int, latent_devices: int = 1) -> Mesh:
+    """The devices of all processes in one axis named `member`; of one process's, never more of them
+    than members need.
+
+    With several `latent_devices` a second axis, `latent`, has so many neighbours of one process,
+    which share every dictionary that is theirs.
+    """
+    devices = jax.devices()
+    if jax.process_count() == 1:
+        devices = devices[: max(1, members) * latent_devices]
+    if latent_devices == 1:
+        return Mesh(np.asarray(devices), ("member",), axis_types=(AxisType.Auto,))
+    devices = devices[: len(devices) // latent_devices * latent_devices]
+    grid = np.asarray(devices).reshape(-1, latent_devices)
+    return Mesh(grid, ("member", "latent"), axis_types=(AxisType.Auto,) * 2)
+
+
+def latent_devices() -> int:
+    """How many devices share the latents of the dictionary whose program is being traced."""
+    return jax.sharding.get_abstract_mesh().shape.get("latent", 1)
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Collective:
+    """One exchange between devices in a compiled program.
+
+    Attributes:
+      kind: `all-reduce`, `all-gather`, ...
+      shape: of what each device gets, as XLA writes it: f32[128,512].
+      size: bytes of that.
+      loops: how many loops of the program it lies within.
+    """
+
+    kind: str
+    shape: str
+    size: int
+    loops: int
+
+
+def collectives(program: str) -> list[Collective]:
+    """Every exchange between devices in the text of a compiled program, sorted.
+
+    Those that XLA has made one of are counted as what they are made of.
+    """
+    found: list[tuple[str, str, str]] = []  # computation, kind, shapes
+    callers: dict[str, list[tuple[str, bool]]] = {}
+    name = ""
+    for line in program.splitlines():
+        if begin := re.match(r"(?:ENTRY )?%?([\w.-]+) \(.*\{$", line):
+            name = begin[1]
+        for role, called in re.findall(r"(\w+)=\{?((?:%[\w.-]+(?:, )?)+)", line):
+            for each in re.findall(r"%([\w.-]+)", called):
+                callers.setdefault(each, []).append((name, role in ("body", "condition")))
+        if match := re.search(rf"= (.*?) ({'|'.join(EXCHANGES)})(?:-start)?\(", line):
+            found.append((name, match[2], match[1]))
+
+    def loops(computation: str) -> int:
+        return max((loops(by) + looped for by, looped in callers.get(computation, [])), default=0)
+
+    return sorted(
+        Collective(kind, f"{dtype}[{shape}]", _bytes(dtype, shape), loops(name))
+        for name, kind, shapes in found
+        for dtype, shape in re.findall(r"(\w+)\[([\d,]*)\]", shapes)
+    )
+
+
+def _bytes(dtype: str, shape: str) -> int:
+    bits = 8 if dtype == "pred" else int(re.search(r"\d+", dtype)[0])
+    return math.prod(int(size) for size in shape.split(",") if size) * bits // 8

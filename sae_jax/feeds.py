@@ -7,8 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from sae_jax import models, programs, streaming
+from sae_jax import ensemble, models, programs, streaming
 from sae_jax.state import History, Hyperparams, Normalizer, TrainState
 
 # States, hyperparameters, first epoch and how many -> states and history [members, epochs].
@@ -22,6 +23,7 @@ class Stream:
     rows: streaming.Rows
     plan: streaming.Plan
     normalizer: Normalizer | None
+    mesh: Mesh | None = None  # None: of one process, whose programs place the rows
 
     @property
     def dtype(self) -> np.dtype:
@@ -38,7 +40,8 @@ class Stream:
         """(rows on the device, order [steps, batch]) of these epochs, one read ahead."""
 
         def put(rows: np.ndarray) -> jax.Array:
-            return models.normalize(jnp.asarray(rows), self.normalizer)
+            normal = models.normalize(jnp.asarray(rows), self.normalizer)
+            return normal if self.mesh is None else ensemble.replicate(normal, self.mesh)
 
         return streaming.prefetched(self.rows, self.plan, epochs, put)
 
@@ -75,12 +78,13 @@ def streamed(
         for _ in range(rows.buffers_of_epoch):
             buffer, order = next(buffers)
             states, metrics = programs.train_buffer(states, hyper, buffer, order, **static)
-            means.append(jax.device_get(metrics))  # waits, so that no more than two buffers exist
+            means.append(ensemble.local(metrics))  # waits, so that no more than two buffers exist
             weights.append(len(order))
         dtype = means[0].loss.dtype
         mean = jax.tree.map(
             lambda *parts: np.average(parts, axis=0, weights=weights).astype(dtype), *means
         )
+        mean = ensemble.put(mean, static["mesh"])
         return programs.close_stream(states, hyper, mean, validation, number, patience, **static)
 
     def advance(
@@ -89,7 +93,7 @@ def streamed(
         found = []
         for number in range(start, start + count):
             states, history = epoch(states, hyper, number)
-            found.append(jax.device_get(history))
+            found.append(ensemble.local(history))
         return states, jax.tree.map(lambda *parts: np.stack(parts, axis=1), *found)
 
     return advance

@@ -5,6 +5,7 @@ run on the device in float32, those over batches and all divisions on the host i
 """
 
 import functools
+import hashlib
 from collections.abc import Iterator
 
 import jax
@@ -29,11 +30,13 @@ ALIVE = 0.01  # share of the rows that a latent must fire in to be alive (Kendiu
 
 @struct.dataclass
 class Sums:
-    """Of ONE dictionary over batches: squared_error [batches] in units of the normalizer's largest
-    scale, so that float32 neither overflows nor vanishes whatever the rows' own; absolute, cosine
-    and norm_ratio [batches], sums over rows; active [latents], rows in which a latent fires."""
+    """Of ONE dictionary over batches: squared_error [batches] in units of the square of
+    largest_error [batches], which is in units of the normalizer's largest scale, so that float32
+    neither overflows nor vanishes whatever the rows' own; absolute, cosine and norm_ratio
+    [batches], sums over rows; active [latents], rows in which a latent fires."""
 
     squared_error: jax.Array
+    largest_error: jax.Array
     absolute: jax.Array
     cosine: jax.Array
     norm_ratio: jax.Array
@@ -62,11 +65,13 @@ def sums(
             error = error * (normalizer.scale / jnp.max(normalizer.scale))[None, :]
         cosine, ratio = _compared(raw, models.denormalize(y, normalizer))
         cosine, ratio = (jnp.sum(jnp.where(counted, each, 0)) for each in (cosine, ratio))
-        return active, (jnp.sum(error**2), jnp.sum(z), cosine, ratio)
+        largest = jnp.max(jnp.abs(error))
+        error = error / jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
+        return active, (jnp.sum(error**2), largest, jnp.sum(z), cosine, ratio)
 
     nothing = jnp.zeros(architecture.n_latents, jnp.int32)
-    active, (squared_error, absolute, cosine, ratio) = lax.scan(batch, nothing, (batches, counted))
-    return Sums(squared_error, absolute, cosine, ratio, active)
+    active, found = lax.scan(batch, nothing, (batches, counted))
+    return Sums(*found, active)
 
 
 def _compared(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -109,7 +114,9 @@ def evaluate(
     architecture: Architecture,
     mesh: Mesh,
 ) -> dict[str, np.ndarray]:
-    """Metrics of all members of a bucket over x [rows, d_in]; each an array [members].
+    """Metrics of a bucket over x [rows, d_in]; each an array [members], of this process's.
+
+    params: [members, ...], in NumPy those of this process.
 
     mse: mean squared error over rows and dimensions, in the units of x.
     r2: 1 - fvu; fvu = squared error / squared distance from the mean of each dimension.
@@ -238,12 +245,15 @@ def _totals(
     mesh: Mesh,
 ) -> Sums:
     """Over all rows: float64 [members], and active int64 [members, latents]."""
-    total = None
-    for batches, counted in pieces(x):
+    total, params = None, ensemble.put(params, mesh)
+    normalizer = ensemble.replicate(normalizer, mesh)
+    for piece in pieces(x):
+        batches, counted = ensemble.replicate(piece, mesh)
         found = _sums_of_members(
             params, hyper, batches, counted, normalizer, architecture=architecture, mesh=mesh
         )
-        found = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), found)
+        found = jax.tree.map(lambda leaf: leaf.astype(np.float64), ensemble.local(found))
+        found = found.replace(squared_error=found.squared_error * found.largest_error**2)
         summed = {
             name: value if name == "active" else value.sum(axis=1)
             for name, value in vars(found).items()
@@ -254,13 +264,24 @@ def _totals(
 
 def pieces(x: np.ndarray | Rows) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """x [rows, d_in] as batches [batches, BATCH, d_in], of two shapes at most, and which rows of
-    them count; the others fill the last batch."""
+    them count; the others fill the last batch.
+
+    Raises:
+      InputError: rows of a file that are others than when they were scanned.
+    """
+    known, digest = getattr(x, "summary", None), hashlib.sha256()
     for start in range(0, len(x), PIECE * BATCH):
         part = np.asarray(x[start : start + PIECE * BATCH])
+        if known is not None:
+            digest.update(part)
         counted = np.arange(-(-len(part) // BATCH) * BATCH) < len(part)
         padded = np.zeros((len(counted), part.shape[1]), part.dtype)
         padded[: len(part)] = part
         yield padded.reshape(-1, BATCH, part.shape[1]), counted.reshape(-1, BATCH)
+    if known is not None and digest.hexdigest() != known.fingerprint["sha256"]:
+        raise InputError(
+            f"{x.name} was written to while it was in use: what was trained is of no one file"
+        )
 
 
 def _sums_of_squares(x: np.ndarray | Rows) -> tuple[float, float]:

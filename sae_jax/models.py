@@ -12,9 +12,10 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-from sae_jax import activations
+from sae_jax import activations, distributed
 from sae_jax.config import Architecture
 from sae_jax.state import Hyperparams, Normalizer, Params
 
@@ -94,8 +95,15 @@ def encoder_input(params: Params, x: jax.Array, architecture: Architecture) -> j
 
 def pre_activations(params: Params, x: jax.Array, architecture: Architecture) -> jax.Array:
     """[rows, d_in] -> [rows, latents]."""
-    inputs = encoder_input(params, x, architecture)
-    return inputs @ params.encoder + params.encoder_bias[None, :]
+    fixed = jax.tree.map(lax.stop_gradient, params)
+    pre = encoder_input(fixed, x, architecture) @ params.encoder + params.encoder_bias[None, :]
+    if architecture.pre_bias == "none":
+        return pre
+    # What is added is 0 with the pre-bias's gradient, which this way is summed over rows before the
+    # product with the encoder: a vector's product instead of a batch's.
+    origin = jnp.zeros((1, architecture.d_in), x.dtype)
+    biased, constant = (encoder_input(some, origin, architecture) for some in (params, fixed))
+    return pre + (biased - constant) @ fixed.encoder
 
 
 def encode(
@@ -142,12 +150,31 @@ def decode(params: Params, z: jax.Array) -> jax.Array:
 
 def decode_nested(params: Params, z: jax.Array, architecture: Architecture) -> list[jax.Array]:
     """Reconstructions [rows, d_in] by each of the nested dictionaries, the whole one last."""
+    if len(architecture.widths) > 1 and distributed.latent_devices() > 1:
+        return _decode_in_blocks(params, z, architecture)
     edges = (0, *architecture.widths)
     found = [decode(params.replace(decoder=params.decoder[: edges[1]]), z[:, : edges[1]])]
     for low, high in itertools.pairwise(edges[1:]):
         part = params.replace(decoder=params.decoder[low:high], decoder_bias=None)
         found.append(found[-1] + decode(part, z[:, low:high]))
     return found
+
+
+def _decode_in_blocks(params: Params, z: jax.Array, architecture: Architecture) -> list[jax.Array]:
+    """`decode_nested` where devices share the latents, which slices would move between them.
+
+    Blocks of latents of which every device and every nested dictionary has a whole number are
+    decoded by themselves, and summed. Widths are multiples of the first (`ensemble.check_split`).
+    """
+    n, d = params.decoder.shape
+    size = math.gcd(architecture.widths[0], n // distributed.latent_devices())
+    parts = jnp.einsum(
+        "rbn,bnd->brd", z.reshape(len(z), -1, size), params.decoder.reshape(-1, size, d)
+    )
+    nested = np.arange(n // size) < np.asarray(architecture.widths)[:, None] // size
+    found = jnp.einsum("lb,brd->lrd", jnp.asarray(nested, z.dtype), parts)
+    bias = 0 if params.decoder_bias is None else params.decoder_bias[None, None, :]
+    return list(found + bias)
 
 
 def unit_rows(decoder: jax.Array) -> jax.Array:

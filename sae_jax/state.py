@@ -1,10 +1,16 @@
 """The pytrees of training. Shapes are for one dictionary; an ensemble puts members in front."""
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from sae_jax.config import REALS, SAEConfig
+
+# Which axis of ONE dictionary's leaf is its latents, by the name of the field; others have none.
+LATENT_AXIS = {
+    "encoder": 1, "encoder_bias": 0, "decoder": 0, "log_threshold": 0, "magnitude_gain": 0,
+    "magnitude_bias": 0, "idle": 0,
+}  # fmt: skip
 
 
 @struct.dataclass
@@ -120,11 +126,11 @@ def hyperparams(config: SAEConfig, dtype: jax.typing.DTypeLike, steps: int = 0) 
     target_l0 = config.n_latents if config.target_l0 is None else config.target_l0
     k_aux = 512 if config.k_aux is None else config.k_aux
     return Hyperparams(
-        **{name: jnp.asarray(getattr(config, name), dtype) for name in REALS},
-        **{name: jnp.asarray(getattr(config, name), jnp.int32) for name in integers},
-        k=jnp.asarray(config.n_latents if config.k is None else config.k, jnp.int32),
-        target_l0=jnp.asarray(target_l0, dtype),
-        k_aux=jnp.asarray(min(k_aux, config.n_latents), jnp.int32),
-        seed=jnp.asarray(config.seed, jnp.uint32),
-        steps=jnp.asarray(steps, jnp.int32),
+        **{name: np.asarray(getattr(config, name), dtype) for name in REALS},
+        **{name: np.asarray(getattr(config, name), np.int32) for name in integers},
+        k=np.asarray(config.n_latents if config.k is None else config.k, np.int32),
+        target_l0=np.asarray(target_l0, dtype),
+        k_aux=np.asarray(min(k_aux, config.n_latents), np.int32),
+        seed=np.asarray(config.seed, np.uint32),
+        steps=np.asarray(steps, np.int32),
     )

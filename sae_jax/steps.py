@@ -98,15 +98,17 @@ def close_epoch(
 ) -> tuple[TrainState, History]:
     """ONE member after an epoch of these mean metrics.
 
-    A member whose mean loss is not finite has diverged, and so has one whose monitored loss is not,
-    if it remembers its best weights. One that remembers its best weights stops
+    A member whose mean loss is not finite has diverged; so has one whose gradients' squares are
+    not, since Adam would never move those weights again, and one whose monitored loss is not, if it
+    remembers its best weights. One that remembers its best weights stops
     when `patience` epochs brought no lower loss, on the validation rows where there are any.
     """
     held_out = jnp.full((), jnp.nan, means.loss.dtype)
     if validation is not None:
         held_out = validation_loss(state.params, _moved(hyper, state), validation, architecture)
     monitored = means.loss if validation is None else held_out
-    diverged = ~jnp.isfinite(means.loss)
+    moments = jax.tree.leaves(state.optimizer.nu)
+    diverged = ~jnp.isfinite(means.loss + sum(jnp.max(leaf) for leaf in moments))
     if state.best is not None:
         diverged |= ~jnp.isfinite(monitored)
     state = state.replace(diverged=diverged, active=~diverged)

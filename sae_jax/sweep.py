@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import itertools
 import json
 import os
@@ -18,7 +19,7 @@ from absl import logging
 from tqdm import tqdm
 
 import sae_jax
-from sae_jax import bucket, data, distributed, ensemble
+from sae_jax import bucket, data, distributed, ensemble, pulse
 from sae_jax.checkpoint import Checkpoints, Preempted, Preemption
 from sae_jax.config import MOST, Architecture, SAEConfig, preset_fields, unused_fields
 from sae_jax.dictionary import Dictionary
@@ -105,6 +106,7 @@ def train(
     resident_bytes: int | None = None,
     test: np.ndarray | Rows | None = None,
     on_epochs: Callable[[np.ndarray, int, History], None] | None = None,
+    latent_devices: int | None = None,
 ) -> Run:
     """Train a dictionary per configuration, all that share an architecture in one program.
 
@@ -133,6 +135,9 @@ def train(
       test: as `validation`, but measured once, at the end; nothing is chosen by it.
       on_epochs: told while it trains: positions of configurations, a first epoch, and their
         `History` [configurations, epochs] from there on.
+      latent_devices: how many devices of a process share the latents of each dictionary; the same
+        numbers to rounding. 1: none do, and members are spread over all devices. None: as few as
+        hold a dictionary, or, of accelerators that would be idle, more (`ensemble.devices_each`).
 
     A program that fails (memory, say) does not end the others: its members have status `failed`
     and no dictionary, are not written to the workdir, and the same call again tries them anew.
@@ -146,11 +151,15 @@ def train(
     configs = [configs] if isinstance(configs, SAEConfig) else list(configs)
     if workdir is not None and not os.fspath(workdir):
         raise InputError("workdir is empty; name a folder, or give None for none")
+    if workdir is None and jax.process_count() > 1:
+        raise InputError("several processes meet in a workdir: name a folder that all of them see")
     if not 0 <= checkpoint_seconds < float("inf"):
         raise InputError(f"checkpoint_seconds={checkpoint_seconds} must be a number, at least 0")
     resident_bytes = _limit(train, resident_bytes)
     held_out = {"validation": validation, "test": test}
-    rows, held_out = check(configs, train, held_out, epochs, data_seed, patience, resident_bytes)
+    rows, held_out = check(
+        configs, train, held_out, epochs, data_seed, patience, resident_bytes, latent_devices
+    )
     epochs, data_seed = int(epochs), int(data_seed)
     patience = None if patience is None else int(patience)
     resident_bytes = None if resident_bytes is None else int(resident_bytes)
@@ -171,16 +180,19 @@ def train(
         "versions": {module.__name__: module.__version__ for module in (sae_jax, jax, flax, optax)},
     }
     _check_json(about)
-    with contextlib.nullcontext() if workdir is None else locked(Path(workdir)):
-        out = None if workdir is None else Workdir(Path(workdir), settings)
-        members = {} if out is None else out.finished()
+    distributed.check_same(_digest(settings), "other rows, configurations or settings")
+    folder = None if workdir is None else Path(workdir)
+    with contextlib.nullcontext() if folder is None else distributed.held_once(locked(folder)):
+        out = None if folder is None else distributed.first(lambda: Workdir(folder, settings))
+        members = {} if out is None else distributed.first(out.finished)
         if out is not None and len(members) < len(configs):
-            out.begin()
+            distributed.once(out.begin)
         failed = _train_programs(
-            configs, rows, held_out, about, members, out, progress, checkpoint_seconds, on_epochs
-        )
+            configs, rows, held_out, about, members, out, progress, checkpoint_seconds, on_epochs,
+            latent_devices,
+        )  # fmt: skip
         if out is not None and not failed:
-            out.finish()
+            distributed.once(out.finish)
     results, history = tables(members | failed)
     return Run([(members | failed)[i].dictionary for i in range(len(configs))], results, history)
 
@@ -195,20 +207,24 @@ def _train_programs(
     progress: bool,
     checkpoint_seconds: float,
     on_epochs: Callable[[np.ndarray, int, History], None] | None,
+    latent_devices: int | None,
 ) -> dict[int, Member]:
     """Fill `members` with those not in it yet, a program at a time; returns those that failed."""
     todo = [position for position in range(len(configs)) if position not in members]
-    programs = _programs(configs, todo, rows, held_out)
+    programs = _programs(configs, todo, rows, held_out, latent_devices)
     steps = [about["epochs"] * (len(rows) // configs[i].batch_size) for i in todo]
     preemption, failed, failures = Preemption(), {}, []
+    silent = not (progress and distributed.is_first())
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(
-            tqdm(total=sum(steps), unit=" steps", unit_scale=True, disable=not progress)
+            tqdm(total=sum(steps), unit=" steps", unit_scale=True, disable=silent)
         )
         if out is not None:
-            out.keep_checkpoints([positions[0] for positions in programs])
+            distributed.first(
+                lambda: out.keep_checkpoints([positions[0] for positions, _ in programs])
+            )
             stack.enter_context(preemption.watched())
-        for number, positions in enumerate(programs):
+        for number, (positions, devices) in enumerate(programs):
             chosen = [configs[position] for position in positions]
             shape = f"{chosen[0].name} {chosen[0].d_in} -> {chosen[0].n_latents}"
             bar.set_description(f"program {number + 1}/{len(programs)}: {shape}")
@@ -218,13 +234,16 @@ def _train_programs(
                 checkpoints = Checkpoints(folder, positions, checkpoint_seconds, preemption)
             try:
                 trained = bucket.train(
-                    chosen, rows, held_out, about, bar, checkpoints, _placed(on_epochs, positions)
-                )
+                    chosen, rows, held_out, about, bar, checkpoints, _placed(on_epochs, positions),
+                    devices,
+                )  # fmt: skip
             except InputError:
                 raise
             except _CallbackError as error:
                 raise error.__cause__ from None
             except Exception as error:
+                if jax.process_count() > 1:
+                    raise  # the others wait for this one
                 # As text: the traceback holds the arrays that the other programs need room for.
                 trace = traceback.format_exc()
                 logging.error(
@@ -236,13 +255,31 @@ def _train_programs(
                 continue
             members |= dict(zip(positions, trained, strict=True))
             if out is not None:
-                out.write(members)
-                checkpoints.remove()
-            if preemption.asked:
+                _write(out, members, positions)
+                distributed.once(checkpoints.remove)
+            if distributed.agree(preemption.asked).any():
                 raise Preempted
     if failures and not members:
         raise failures[0]
     return failed
+
+
+def _write(out: Workdir, members: dict[int, Member], positions: list[int]) -> None:
+    """A program's members to disk: each process the dictionaries it has, the first the tables."""
+    pulse.beat("writing")
+    for position in positions:
+        out.write_dictionary(position, members[position])
+    distributed.agree(0)  # all are there
+    distributed.once(lambda: out.write(members))
+    for position in positions:
+        member = members[position]
+        if member.dictionary is None and member.row["status"] == "trained":
+            found = Dictionary.load(out.folder(position))
+            members[position] = dataclasses.replace(member, dictionary=found)
+
+
+def _digest(settings: dict[str, Any]) -> bytes:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).digest()
 
 
 def _check_json(provenance: dict[str, Any]) -> None:
@@ -281,16 +318,15 @@ def _programs(
     todo: list[int],
     rows: np.ndarray | Rows,
     held_out: dict[str, np.ndarray],
-) -> list[list[int]]:
-    """Positions of `todo` by the program that trains them, each of which fits the memory."""
+    latent_devices: int | None,
+) -> list[tuple[list[int], int]]:
+    """Positions of `todo` by the program that trains them, each of which fits the memory, and how
+    many devices share each of its dictionaries."""
     buckets = ensemble.buckets([configs[position] for position in todo])
-    programs = [
-        [todo[i] for i in part]
-        for architecture, chosen in buckets.items()
-        for part in ensemble.split_to_fit(
-            chosen, _member_bytes(architecture, rows), _room(rows, held_out)
-        )
-    ]
+    programs = []
+    for architecture, chosen in buckets.items():
+        parts, devices = _fitting(architecture, chosen, rows, held_out, latent_devices)
+        programs += [([todo[i] for i in part], devices) for part in parts]
     logging.info("%d configurations -> %d programs", len(todo), len(buckets))
     if len(programs) > len(buckets):
         logging.info("in %d parts, each of which fits the memory", len(programs))
@@ -345,6 +381,7 @@ def check(
     data_seed: int,
     patience: int | None,
     resident_bytes: int | None,
+    latent_devices: int | None = None,
 ) -> tuple[np.ndarray | Rows, dict[str, np.ndarray]]:
     """Refuses what `train` does before any work, of which these are arguments.
 
@@ -395,11 +432,30 @@ def check(
                 f"warm-up of the penalty raises those of {config.name}: give validation rows, or "
                 "leave one of the two out"
             )
-    for architecture in ensemble.buckets(configs):
+    for architecture, chosen in ensemble.buckets(configs).items():
         if isinstance(rows, Rows):
             bucket.buffer_rows(rows, resident_bytes, architecture)
-        ensemble.split_to_fit([0], _member_bytes(architecture, rows), _room(rows, given))
+        _fitting(architecture, chosen, rows, given, latent_devices)
     return rows, given
+
+
+def _fitting(
+    architecture: Architecture,
+    positions: list[int],
+    rows: np.ndarray | Rows,
+    held_out: dict[str, np.ndarray],
+    latent_devices: int | None,
+) -> tuple[list[list[int]], int]:
+    """A bucket in parts that fit the memory, and how many devices share each dictionary.
+
+    Raises:
+      InputError: as many as are asked for cannot share one, or not even one fits.
+    """
+    each, room = ensemble.member_bytes(architecture, rows.dtype.itemsize), _room(rows, held_out)
+    devices = ensemble.devices_each(architecture, len(positions), each, room, latent_devices)
+    memories = distributed.memories(devices)
+    parts = ensemble.split_to_fit(positions, each, room, jax.process_count(), memories)
+    return parts, devices
 
 
 def _room(rows: np.ndarray | Rows, held_out: dict[str, np.ndarray]) -> int:
@@ -407,7 +463,3 @@ def _room(rows: np.ndarray | Rows, held_out: dict[str, np.ndarray]) -> int:
     shared = rows.nbytes + rows.shape[0] * 4 if isinstance(rows, np.ndarray) else 0
     shared += sum(x.nbytes for name, x in held_out.items() if name == "validation")
     return max(1, distributed.memory() - shared)
-
-
-def _member_bytes(architecture: Architecture, rows: np.ndarray | Rows) -> int:
-    return ensemble.member_bytes(architecture, rows.dtype.itemsize)

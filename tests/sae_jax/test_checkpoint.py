@@ -100,7 +100,7 @@ def test_killed_at_every_epoch_in_turn_it_ends_the_same(undisturbed: Run, tmp_pa
 def test_it_goes_on_with_another_number_of_devices(
     undisturbed: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def alone(members: int) -> Mesh:
+    def alone(members: int, latent_devices: int) -> Mesh:
         return Mesh(np.asarray(jax.devices()[:1]), ("member",), axis_types=(AxisType.Auto,))
 
     for before, after in ((alone, None), (None, alone)):
@@ -169,8 +169,10 @@ def test_one_that_was_being_written_is_no_checkpoint(undisturbed: Run, tmp_path:
 
 def test_one_of_other_configurations_is_skipped(tmp_path: Path) -> None:
     tree = {"a": np.arange(3.0)}
-    Checkpoints(tmp_path / "c", [0, 1], 0, Preemption()).save(5, tree)
-    assert Checkpoints(tmp_path / "c", [0, 1], 0, Preemption()).latest(tree) is not None
+    Checkpoints(tmp_path / "c", [0, 1], 0, Preemption()).save(5, tree, distributed.member_mesh(1))
+    step, found = Checkpoints(tmp_path / "c", [0, 1], 0, Preemption()).latest(tree)
+    assert step == 5
+    assert found["a"].tolist() == tree["a"].tolist()
     assert Checkpoints(tmp_path / "c", [0, 2], 0, Preemption()).latest(tree) is None
     other = {"b": np.arange(3.0)}
     assert Checkpoints(tmp_path / "c", [0, 1], 0, Preemption()).latest(other) is None
@@ -179,10 +181,10 @@ def test_one_of_other_configurations_is_skipped(tmp_path: Path) -> None:
 def test_values_that_are_not_those_saved_are_noticed(tmp_path: Path) -> None:
     """By our own hash: what Orbax's formats let pass."""
     tree = {"a": np.arange(3.0)}
-    Checkpoints(tmp_path / "c", [0], 0, Preemption()).save(5, tree)
+    Checkpoints(tmp_path / "c", [0], 0, Preemption()).save(5, tree, distributed.member_mesh(1))
     assert Checkpoints(tmp_path / "c", [0], 0, Preemption()).latest(tree) is not None
     about = tmp_path / "c/5/about/metadata"
-    saved = json.loads(about.read_text())["sha256"]
+    (saved,) = json.loads(about.read_text())["sha256"]
     about.write_text(about.read_text().replace(saved, "0" * 64))
     assert Checkpoints(tmp_path / "c", [0], 0, Preemption()).latest(tree) is None
     assert not about.exists()
@@ -238,7 +240,7 @@ def test_checkpoints_are_written_at_an_interval(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved: list[int] = []
-    monkeypatch.setattr(Checkpoints, "save", lambda self, step, tree: saved.append(step))
+    monkeypatch.setattr(Checkpoints, "save", lambda self, step, *args: saved.append(step))
     train(tmp_path / "a", checkpoint_seconds=1e9)
     assert not saved
     train(tmp_path / "b")
@@ -274,3 +276,20 @@ def test_a_failing_program_does_not_end_the_others(
     again = train(tmp_path / "run", configs=[*CONFIGS, other])
     assert "failed" not in set(again.results["status"])
     assert_same(again, train(None, configs=[*CONFIGS, other]))
+
+
+def test_killed_while_checkpoints_are_deleted_none_stay(
+    undisturbed: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dies(self: Checkpoints) -> None:
+        (self.folder / "1").mkdir(exist_ok=True)
+        self.folder.with_name("0000.skipped").mkdir()
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "remove", dies)
+        with pytest.raises(Killed):
+            train(tmp_path / "run")
+    assert (tmp_path / "run/checkpoints").exists()
+    assert_same(train(tmp_path / "run"), undisturbed)
+    assert not (tmp_path / "run/checkpoints").exists()
