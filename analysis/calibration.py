@@ -21,6 +21,7 @@ from scipy import sparse, special
 from analysis.groups import Groups
 from sae_jax import files
 from sae_jax.errors import InputError
+from sae_jax.reading import check_file, reading
 
 LEVEL = 0.05  # of q
 NAMED = 0.02  # share of the permuted features that may be named at it
@@ -120,8 +121,10 @@ def permuted(
       `Calibration.of_null`.
 
     Raises:
-      InputError: fewer than 30 features a bin, or no feature.
+      InputError: fewer than 30 features a bin, no feature, or no bin.
     """
+    if bins < 1 or block < 1:
+        raise InputError(f"bins={bins}, block={block}: give at least 1 of each.")
     if per_bin < 30:
         raise InputError(f"per_bin={per_bin}: at least 30 permuted features give a variance.")
     if not len(n_active):
@@ -184,10 +187,16 @@ def save(path: str | Path, known: Mapping[str, Calibration]) -> None:
 
 
 def load(path: str | Path) -> dict[str, Calibration]:
-    """What `save` wrote."""
-    stored = np.load(path)
-    tests = {name.split("/")[0] for name in stored}
-    return {
-        test: Calibration(**{f.name: stored[f"{test}/{f.name}"][()] for f in fields(Calibration)})
-        for test in tests
-    }
+    """What `save` wrote.
+
+    Raises:
+      InputError: no such file, or a damaged one.
+    """
+    with reading(path), np.load(check_file(path)) as stored:
+        tests = {name.split("/")[0] for name in stored}
+        return {
+            test: Calibration(
+                **{f.name: stored[f"{test}/{f.name}"][()] for f in fields(Calibration)}
+            )
+            for test in sorted(tests)
+        }

@@ -290,7 +290,13 @@ def matched_overlap(selected: Matrix, membership: Matrix, strata: ArrayLike) -> 
 
 
 def strata_of_rank(values: ArrayLike, size: int = 100) -> np.ndarray:
-    """Strata of about `size` genes that lie side by side when sorted by `values` [genes]."""
+    """Strata of about `size` genes that lie side by side when sorted by `values` [genes].
+
+    Raises:
+        InputError: if a value is NaN, or the size below 1.
+    """
+    if size < 1 or np.isnan(values).any():
+        raise InputError(f"size={size} must be at least 1, and no value NaN.")
     order = np.argsort(values, kind="stable")
     strata = np.empty(order.size, dtype=np.int64)
     strata[order] = np.arange(order.size) * max(1, order.size // size) // max(1, order.size)
@@ -308,8 +314,9 @@ def benjamini_hochberg(p: ArrayLike, axis: int | None = -1) -> np.ndarray:
     """False discovery rates (q-values) by Benjamini and Hochberg.
 
     Args:
-        p: p-values of any shape. A NaN is a test that could not be made: it stays NaN, and counts
-            as a test with p = 1, so that the correction is the same whatever could be tested.
+        p: p-values of any shape, also a single one. A NaN is a test that could not be made: it
+            stays NaN, and counts as a test with p = 1, so that the correction is the same whatever
+            could be tested.
         axis: one correction along this axis for each of the others; None for one over all values,
             as for a whole dictionary.
 
@@ -328,9 +335,8 @@ def benjamini_hochberg(p: ArrayLike, axis: int | None = -1) -> np.ndarray:
         raise InputError(
             f"p-values range from {filled.min():g} to {filled.max():g}: they must lie from 0 to 1."
         )
-    q = stats.false_discovery_control(filled, axis=axis).reshape(p.shape)
-    q[missing] = np.nan
-    return q
+    q = stats.false_discovery_control(filled, axis=axis if p.ndim else None).reshape(p.shape)
+    return np.where(missing, np.nan, q)
 
 
 def benjamini_hochberg_log(log_p: np.ndarray) -> np.ndarray:
@@ -338,7 +344,7 @@ def benjamini_hochberg_log(log_p: np.ndarray) -> np.ndarray:
 
     p-values that no double holds are told apart all the same. NaN stays NaN and counts as p = 1.
     """
-    filled = np.nan_to_num(np.asarray(log_p, np.float64), nan=0.0)
+    filled = np.nan_to_num(np.asarray(log_p, np.float64), nan=0.0, posinf=np.inf)
     order = np.argsort(-filled, axis=-1)
     n = filled.shape[-1]
     raised = np.take_along_axis(filled, order, -1) - np.log10(n / np.arange(1, n + 1))
@@ -359,7 +365,7 @@ class LogQ:
     @classmethod
     def over(cls, table: np.ndarray) -> LogQ:
         """The correction over all values of a table; NaN counts as p = 1."""
-        values = np.sort(np.nan_to_num(table, nan=0.0).ravel())
+        values = np.sort(np.nan_to_num(table, nan=0.0, posinf=np.inf).ravel())
         # In rising order the value at position i has rank n - i among the p; q is the least of
         # p n / rank over all ranks from its own on, so over all positions up to its own.
         corrected = np.empty_like(values)
@@ -372,7 +378,7 @@ class LogQ:
 
     def __call__(self, log_p: np.ndarray) -> np.ndarray:
         """-log10 q of some of the table's values, float32 in their shape."""
-        filled = np.nan_to_num(log_p, nan=0.0).ravel()
+        filled = np.nan_to_num(log_p, nan=0.0, posinf=np.inf).ravel()
         order = np.argsort(filled)  # rising keys find their neighbours in the cache
         found = np.empty(len(filled), np.float32)
         found[order] = self.log_q[np.searchsorted(self.log_p, filled[order], side="left")]

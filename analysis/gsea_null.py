@@ -70,9 +70,12 @@ class Ranking:
         """The ranking of scores [genes]."""
         order = np.argsort(-scores, kind="stable")
         falling = -scores[order]
+        # Only ratios of weights count: in units of the largest, none over- or underflows.
+        size = np.abs(falling)
+        size = np.ldexp(size, -int(np.frexp(size.max())[1]))
         return cls(
             order=order,
-            weight=np.abs(falling) ** weight,
+            weight=size**weight,
             start=np.searchsorted(falling, falling, "left"),
             end=np.searchsorted(falling, falling, "right"),
         )

@@ -43,6 +43,19 @@ def scheduled(hyper: Hyperparams, step: jax.Array, architecture: Architecture) -
     )
 
 
+def clipped(grads: Params, norm: jax.Array) -> Params:
+    """Gradients scaled to a global norm where theirs is larger (Pascanu et al. 2013).
+
+    `optax.clip_by_global_norm` in units of a power of two, so that no square over- or underflows.
+    """
+    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(leaf)) for leaf in jax.tree.leaves(grads)]))
+    exponent = jnp.frexp(largest)[1]
+    unit = jax.tree.map(lambda leaf: jnp.ldexp(leaf, -exponent), grads)
+    clip = optax.clip_by_global_norm(jnp.ldexp(norm, -exponent))
+    unit, _ = clip.update(unit, optax.EmptyState())
+    return jax.tree.map(lambda leaf: jnp.ldexp(leaf, exponent), unit)
+
+
 def update(
     params: Params,
     state: optax.OptState,
@@ -61,7 +74,7 @@ def update(
         along = jnp.sum(grads.decoder * params.decoder, axis=1, keepdims=True)
         grads = grads.replace(decoder=grads.decoder - along * params.decoder)
     if architecture.clipping == "norm":
-        grads, _ = optax.clip_by_global_norm(hyper.clip_norm).update(grads, optax.EmptyState())
+        grads = clipped(grads, hyper.clip_norm)
     steps, state = ADAM.update(grads, state)
     if architecture.decay == "decoupled":  # Loshchilov and Hutter 2019
         steps = steps.replace(

@@ -51,8 +51,9 @@ def redundant(
         parts = functools.partial(_accumulated, some, x, normalizer, **static)
         mean = parts(_sums_of_codes) / len(x)
         mean = mean.astype(x.dtype)
+        # In units of their means, whose squares neither overflow nor vanish.
         deviation = parts(_deviations, mean)
-        varies = deviation > len(x) * np.square(CONSTANT * mean.astype(np.float64))
+        varies = deviation > len(x) * CONSTANT**2
         for low in range(0, n, size):
             low = min(low, n - size)  # the last block overlaps: one compiled shape
             products = parts(_products, mean, np.full(len(mean), low), size=size)
@@ -120,15 +121,21 @@ def _sums_of_codes(z: jax.Array, counted: jax.Array, *, size: int) -> jax.Array:
 
 
 def _deviations(z: jax.Array, counted: jax.Array, mean: jax.Array, *, size: int) -> jax.Array:
-    return jnp.sum(jnp.where(counted[:, None], (z - mean[None, :]) ** 2, 0), axis=0)
+    return jnp.sum(_centred(z, counted, mean) ** 2, axis=0)
 
 
 def _products(
     z: jax.Array, counted: jax.Array, mean: jax.Array, low: jax.Array, *, size: int
 ) -> jax.Array:
     """Of the centred codes of all latents with those of a block, [latents, size]."""
-    centred = jnp.where(counted[:, None], z - mean[None, :], 0)
+    centred = _centred(z, counted, mean)
     return centred.T @ lax.dynamic_slice_in_dim(centred, low, size, axis=1)
+
+
+def _centred(z: jax.Array, counted: jax.Array, mean: jax.Array) -> jax.Array:
+    """Relative to their means; those of latents that are dead are 0."""
+    relative = (z - mean[None, :]) / jnp.where(mean > 0, mean, 1)[None, :]
+    return jnp.where(counted[:, None], relative, 0)
 
 
 @functools.partial(jax.jit, static_argnames="block")
@@ -164,6 +171,8 @@ def max_decoder_cosine(decoder: np.ndarray, live: np.ndarray | None = None) -> n
     padded = -n % block
     found = []
     for one, counted in zip(decoder.reshape(-1, n, d), live.reshape(-1, n), strict=True):
+        largest = np.abs(one).max(axis=1, keepdims=True)
+        one = one / np.where(largest > 0, largest, 1)  # whose squares neither overflow nor vanish
         one, counted = np.pad(one, ((0, padded), (0, 0))), np.pad(counted, (0, padded))
         largest = np.array(_largest_cosines(one, counted, block))[:n]
         largest[~counted[:n] | np.isinf(largest)] = np.nan

@@ -46,9 +46,12 @@ def resample(
     chance = 2 * jnp.log(jnp.sum(error**2, axis=1))  # the square of the loss
     drawn = jnp.argsort(-(chance + jax.random.gumbel(key, (rows,), batch.dtype)))
     rank = jnp.cumsum(dead) - 1  # of a dead latent among the dead
-    chosen = dead & (rank < rows)
     inputs = models.encoder_input(state.params, batch, architecture)
+    largest = jnp.max(jnp.abs(inputs), axis=1, keepdims=True)
+    inputs = inputs / jnp.where(largest > 0, largest, 1)  # whose squares do not vanish
     directions = models.unit_rows(inputs)[drawn[jnp.clip(rank, 0, rows - 1)]]
+    # A row of zeros has no direction: the latent that it would go to waits too.
+    chosen = dead & (rank < rows) & jnp.any(directions != 0, axis=1)
 
     params, living = state.params, jnp.where(jnp.all(dead), True, ~dead)
     decoder_norm = 1.0
