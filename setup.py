@@ -13,6 +13,7 @@ EXTRAS = {
     "extract": ["torch>=2.4", "transformers>=4.44"],
     "tensorboard": ["tensorboardX>=2.6"],
     "search": ["optuna>=4"],
+    "out-of-core": ["dask[array]>=2025.9", "xarray>=2025.6"],
     "browser": [
         "jinja2>=3.1",
         "plotly>=6",
@@ -27,8 +28,10 @@ EXTRAS["dev"] = [
     *EXTRAS["browser"],
     *EXTRAS["tensorboard"],
     *EXTRAS["extract"],
+    *EXTRAS["out-of-core"],
     "scvi-tools>=1.2",
     "build",
+    "distributed",
     "httpx2",
     "hypothesis",
     "playwright",

@@ -119,7 +119,9 @@ def attribute(
         model: any object with `embed`; readers of extract are faster, see `perturbed`.
         dictionary: of the model's embedding: anything with `encode`; or "neurons", the embedding's
             dimensions themselves, which need a `quantile`.
-        adata: cells among which prototypes and counterfactuals are found.
+        adata: cells among which prototypes and counterfactuals are found. In a file or of dask
+            arrays only these are read, and all cells, some thousands at a time, where no
+            `embedding` is given: what is held is the embedding and the codes of all cells.
         concepts: latents, each once; None: all of them.
         prototypes, counterfactuals, quantile: as of `counterfactuals.choose`.
         pairs: the pairs themselves, instead of the five above.

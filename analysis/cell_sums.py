@@ -1,11 +1,13 @@
 """Sums over the cells of every feature's groups, from which means, variances and tests follow.
 
-All of them float64, over the non-zero entries of the expression alone. Sums add up over blocks of
-cells, so expression that no memory holds is read a block at a time.
+All of them float64, over the non-zero entries of the expression alone, in the order of the cells.
+Expression that no memory holds comes a block of cells at a time (`GroupWork`): sparse blocks are
+added entry by entry to what there is, so the sums are the same to the last bit whatever the blocks.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 import numpy as np
@@ -41,18 +43,11 @@ class Sums(NamedTuple):
         deviation[deviation <= 4 * self.rounding] = 0
         return deviation / (self.n - 1)
 
-    def plus(self, other: Sums) -> Sums:
-        """Over the cells of both, which share none."""
-        n = self.n + other.n
-        square = self.square + other.square
-        sums = (self.x + other.x, square, self.count + other.count, self.detected + other.detected)
-        return Sums(n, *sums, rounding=n * EPSILON * square)
-
     def less(self, part: Sums) -> Sums:
         """Over the cells that are not of `part`.
 
-        Both were added up by the same product in the order of the cells, so a gene that occurs in
-        no cell of the rest gets sums of exactly zero.
+        Both were added up in the order of the cells, so a gene that occurs in no cell of the rest
+        gets sums of exactly zero.
         """
         sums = (a - b for a, b in zip(self[:5], part[:5], strict=True))
         return Sums(*sums, rounding=self.rounding)
@@ -97,25 +92,110 @@ def over_both(
     part: sparse.csr_array, mask: sparse.csr_array, moments: Moments
 ) -> tuple[Sums, Sums]:
     """Sums over the cells of `part`, which lie in `mask`, and over those of `mask`."""
-    features, (x, _, count, *_) = mask.shape[0], moments
-    inside = _inside(part, mask)
-    if sparse.issparse(x):
-        whole, smaller = np.zeros((2, features, 4, x.shape[1]))
-        kernels.group_sums(
-            mask.indptr, mask.indices, inside, x.indptr, x.indices, x.data, count.data, whole,
-            smaller,
-        )  # fmt: skip
-        sums = [[table[:, i] for i in range(4)] for table in (smaller, whole)]
-    else:
-        weights = [table.astype(np.float64) for table in (part, mask)]
-        sums = [[weight @ moment for moment in moments] for weight in weights]
-    # n terms added one after another are off by at most n eps of their sum.
-    return tuple(
-        Sums(n, *four, rounding=n * EPSILON * four[1])
-        for n, four in zip(
-            (np.diff(part.indptr)[:, None], np.diff(mask.indptr)[:, None]), sums, strict=True
+    smaller, whole = np.zeros((2, mask.shape[0], 4, moments[0].shape[1]))
+    _add(part, mask, moments, smaller, whole)
+    return _sums(np.diff(part.indptr), smaller), _sums(np.diff(mask.indptr), whole)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class GroupWork:
+    """What `chunked.Chunked.fold` adds up: sums over two groups of every feature.
+
+    Attributes:
+      first, second: their cells, boolean CSC [features, cells]; the first lie in the second, or the
+        two share none.
+      within: which of these it is.
+      genes: how many.
+    """
+
+    first: sparse.csc_array
+    second: sparse.csc_array
+    within: bool
+    genes: int
+
+    def and_all(self) -> GroupWork:
+        """One feature more, the last, whose second group is all cells; of the first it has none."""
+        one = (1, self.first.shape[1])
+        return dataclasses.replace(
+            self,
+            first=sparse.vstack([self.first, sparse.csc_array(one, dtype=bool)], "csc"),
+            second=sparse.vstack([self.second, sparse.csc_array(np.ones(one, bool))], "csc"),
         )
-    )
+
+    def part(self, rows: slice) -> GroupWork:
+        """Of some cells."""
+        return dataclasses.replace(self, first=self.first[:, rows], second=self.second[:, rows])
+
+    def start(self) -> GroupSums:
+        """Of no cell."""
+        features = self.first.shape[0]
+        return GroupSums(np.zeros((2, features), np.int64), np.zeros((2, features, 4, self.genes)))
+
+    def add(self, state: GroupSums, block: Matrix) -> GroupSums:
+        """With the cells of this part, log expression [cells, genes] dense or sparse, written into
+        the state."""
+        moments = moments_of(block)
+        first, second = self.first.tocsr(), self.second.tocsr()
+        if self.within:
+            _add(first, second, moments, *state.tables)
+        else:
+            for mask, table in zip((first, second), state.tables, strict=True):
+                _add(sparse.csr_array(mask.shape, dtype=bool), mask, moments, None, table)
+        state.n[:] += np.diff(first.indptr), np.diff(second.indptr)
+        return state
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class GroupSums:
+    """Of two groups the cells [2, features], and the sums of x, of its square, of exp(x) - 1, and
+    the number of cells with any [2, features, 4, genes]."""
+
+    n: np.ndarray
+    tables: np.ndarray
+
+    def plus(self, other: GroupSums) -> GroupSums:
+        """Over the cells of both, which share none."""
+        return GroupSums(self.n + other.n, self.tables + other.tables)
+
+    def without_all(self) -> tuple[GroupSums, Sums]:
+        """Without the feature of `GroupWork.and_all`, and its sums: those over all cells."""
+        _, everything = self.of(slice(-1, None))
+        # Copies, which do not hold all the tables.
+        everything = Sums(*(part.copy() for part in everything))
+        return GroupSums(self.n[:, :-1], self.tables[:, :-1]), everything
+
+    def of(self, rows: slice) -> tuple[Sums, Sums]:
+        """Sums over either group, of some features."""
+        first, second = (
+            _sums(n[rows], table[rows]) for n, table in zip(self.n, self.tables, strict=True)
+        )
+        return first, second
+
+
+def _sums(n: np.ndarray, table: np.ndarray) -> Sums:
+    # n terms added one after another are off by at most n eps of their sum.
+    n = n[:, None]
+    return Sums(n, *(table[:, i] for i in range(4)), rounding=n * EPSILON * table[:, 1])
+
+
+def _add(
+    part: sparse.csr_array, mask: sparse.csr_array, moments: Moments,
+    smaller: np.ndarray | None, whole: np.ndarray,
+) -> None:  # fmt: skip
+    """Adds sums over the cells of `part`, which lie in `mask`, and over those of `mask`, to tables
+    [features, 4, genes]; without `smaller` the first has no cells."""
+    x, _, count, *_ = moments
+    if sparse.issparse(x):
+        kernels.group_sums(
+            mask.indptr, mask.indices, _inside(part, mask), x.indptr, x.indices, x.data,
+            count.data, whole, whole if smaller is None else smaller,
+        )  # fmt: skip
+        return
+    for table, some in ((smaller, part), (whole, mask)):
+        if table is not None:
+            weight = some.astype(np.float64)
+            for i, moment in enumerate(moments):
+                table[:, i] += weight @ moment
 
 
 def _inside(part: sparse.csr_array, mask: sparse.csr_array) -> np.ndarray:

@@ -1,14 +1,17 @@
 """An AnnData file to what analyses need: log expression, gene symbols, an embedding, labels.
 
-Everything a file can be wrong in is refused here, in one message, before any work.
+Everything a file can be wrong in is refused here, in one message, before any work. Of what is in a
+file or a dask array (`anndata.read_h5ad(backed="r")`, `anndata.experimental.read_lazy`) the matrix
+stays where it is and is read a block of cells at a time.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +24,12 @@ from absl import logging
 from scipy import sparse
 from sklearn.decomposition import PCA
 
+from analysis import chunked
 from analysis.cell_sums import LARGEST_LOG_VALUE
+from analysis.chunked import Chunked
 from sae_jax.data import check_rows
 from sae_jax.errors import InputError
+from sae_jax.reading import check_file
 
 EXPRESSION_KINDS = ("counts", "log1p")
 TARGET_SUM = 1e4
@@ -31,27 +37,38 @@ TARGET_SUM = 1e4
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Expression:
-    """x = ln(1 + normalised count), CSR float32 [cells, genes], and the genes' unique symbols."""
+    """x = ln(1 + normalised count), CSR float32 [cells, genes] or, of `parts`, in blocks of cells;
+    and the genes' unique symbols."""
 
-    x: sparse.csr_matrix
+    x: sparse.csr_matrix | Chunked
     genes: np.ndarray
+
+    @property
+    def means(self) -> np.ndarray:
+        """Of each gene over all cells, float64."""
+        return _Survey.of(self.x.shape[1]).plus_rows(self.x).totals / self.x.shape[0]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Parts:
-    """Expression that stays in its file: `parts()` yields x as in `Expression`, CSR [some cells,
-    genes], from the first cell on; for `differential.welch_streamed`.
+class Parts(Expression):
+    """Expression that stays where it is: x comes in blocks of cells. Called, it yields them, CSR
+    [some cells, genes], from the first cell on.
 
-    genes: unique symbols. cells: the cells' names.
+    cells: their names. totals: of each gene over all of them, float64.
     """
 
-    genes: np.ndarray
+    x: Chunked
     cells: pd.Index
-    _read: Callable[[], Iterator[sparse.csr_matrix]]
+    totals: np.ndarray
+
+    @property
+    def means(self) -> np.ndarray:
+        """As of `Expression`."""
+        return self.totals / self.x.shape[0]
 
     def __call__(self) -> Iterator[sparse.csr_matrix]:
         """All cells, in order."""
-        return self._read()
+        return iter(self.x)
 
 
 def read(path: str | Path) -> anndata.AnnData:
@@ -78,17 +95,44 @@ def read(path: str | Path) -> anndata.AnnData:
     return adata
 
 
+def annotations(path: str | Path) -> anndata.AnnData:
+    """obs, var and obsm of an h5ad file or zarr store, whose matrices stay there; see `parts`.
+
+    Raises:
+      InputError: as `read`.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"there is no file {path}")
+    with _readable(path):
+        root = zarr.open_group(path, mode="r") if path.is_dir() else h5py.File(path)
+        obs, var = (anndata.io.read_elem(root[name]) for name in ("obs", "var"))
+        obsm = anndata.io.read_elem(root["obsm"]) if "obsm" in root else {}
+        adata = anndata.AnnData(obs=obs, var=var, obsm=obsm)
+    if 0 in adata.shape:
+        raise InputError(f"{path} holds {adata.n_obs} cells and {adata.n_vars} genes")
+    _refuse_duplicates(adata.obs_names, "cell names", "obs_names_make_unique()")
+    return adata
+
+
 def expression(
-    adata: anndata.AnnData, source: str, kind: str, symbols: str | None = None
+    adata: anndata.AnnData,
+    source: str,
+    kind: str,
+    symbols: str | None = None,
+    *,
+    memory_bytes: int = chunked.BLOCK_BYTES,
 ) -> Expression:
     """Expression as ln(1 + count per ten thousand).
 
     Args:
-      source: `X`, `raw` or the name of a layer.
+      source: `X`, `raw` or the name of a layer. In a file or as a dask array it stays that: what
+        comes back is `Parts`.
       kind: what it holds: `counts` (integers; normalised here to 10,000 a cell, then log1p) or
         `log1p` (taken as it is). Never guessed: values that contradict it are refused.
       symbols: column of var with the genes' symbols; None for the var names. Genes without one are
         left out. Where a symbol occurs twice, its most expressed column stands for it.
+      memory_bytes: of `Parts`, for a block of cells.
 
     Genes without a count in any cell are left out: they were not measured here.
 
@@ -97,29 +141,105 @@ def expression(
         repeat and no `symbols`.
     """
     x, var = _source(adata, source)
+    if not isinstance(x, np.ndarray) and not sparse.issparse(x):
+        return parts(adata, source, kind, symbols, memory_bytes=memory_bytes)
     x = _csr(x, source)
     _check_values(x.data, source, kind)
     x = _log1p(x, kind)
     if empty := int((x.sum(axis=1) == 0).sum()):
         logging.info("%d cells have no counts in %s", empty, source)
-    genes, keep = _genes(var, symbols, np.asarray(x.sum(axis=0)).ravel())
+    genes, keep = _genes(var, symbols, _Survey.of(x.shape[1]).plus_rows(x).totals)
     return Expression(x[:, keep], genes)
 
 
 def parts(
-    path: str | Path, source: str, kind: str, symbols: str | None = None, rows: int = 4096
+    where: str | Path | anndata.AnnData,
+    source: str,
+    kind: str,
+    symbols: str | None = None,
+    rows: int | None = None,
+    *,
+    memory_bytes: int = chunked.BLOCK_BYTES,
 ) -> Parts:
-    """The expression of an h5ad file or zarr store, `rows` cells at a time, never all of it.
+    """The expression of an h5ad file, a zarr store or an AnnData in blocks of cells, never all.
 
-    One pass over the file checks the values and finds the measured genes.
+    One pass over the cells checks the values and finds the measured genes; of a dask array with a
+    `dask.distributed` client its workers make it.
 
     Args:
+      where: a path, or an AnnData whose matrix is in memory, in a file, or a dask array.
       source, kind, symbols: as in `expression`.
+      rows: cells of a block at most; None: as many as `memory_bytes` has place for.
+      memory_bytes: for a block and what is made of it.
 
     Raises:
-      InputError: as `read` and `expression`; or a matrix stored by genes (CSC).
+      InputError: as `read` and `expression`; a matrix stored by genes (CSC), or memory for not even
+        one cell.
     """
-    path = Path(path)
+    if isinstance(where, anndata.AnnData):
+        if where.isbacked and where.is_view:
+            raise InputError(
+                "this is a part of an AnnData in a file, which anndata reads as a whole: give the "
+                "AnnData itself, or open it by anndata.experimental.read_lazy"
+            )
+        matrix, var = _source(where, source)
+        cells, name = where.obs_names, source
+    else:
+        matrix, var, cells = _opened(Path(where), source)
+        name = f"{where}: {source}"
+    _refuse_duplicates(cells, "cell names", "obs_names_make_unique()")
+    blocks = chunked.chunked(matrix, name, memory_bytes=memory_bytes, rows=rows)
+    blocks = blocks.then(functools.partial(_block, source=source, kind=kind), blocks.shape[1])
+    if not isinstance(where, anndata.AnnData):
+        blocks = dataclasses.replace(blocks, _read=functools.partial(_read, Path(where), matrix))
+    found = blocks.fold(_Surveying(blocks.shape[1]))
+    if not found.totals.any():
+        raise InputError(f"{source} holds nothing but zeros")
+    if kind == "log1p" and not found.fractional:
+        raise InputError(f"{source} is said to hold log1p values, but all are integers; counts?")
+    genes, keep = _genes(var, symbols, found.totals)
+    kept = functools.partial(_block, source=source, kind=kind, keep=keep)
+    return Parts(blocks.then(kept, len(keep)), genes, cells, found.totals[keep])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Survey:
+    """Of some cells: the genes' totals, float64, added in the order of the cells; and whether any
+    value is no integer."""
+
+    totals: np.ndarray
+    fractional: bool
+
+    @classmethod
+    def of(cls, genes: int) -> _Survey:
+        return cls(np.zeros(genes), False)
+
+    def plus_rows(self, x: sparse.csr_matrix) -> _Survey:
+        np.add.at(self.totals, x.indices, x.data.astype(np.float64))
+        return _Survey(self.totals, self.fractional or bool((x.data % 1 != 0).any()))
+
+    def plus(self, other: _Survey) -> _Survey:
+        return _Survey(self.totals + other.totals, self.fractional or other.fractional)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Surveying:
+    """The `chunked.Work` that makes it."""
+
+    genes: int
+
+    def part(self, rows: slice) -> _Surveying:
+        return self
+
+    def start(self) -> _Survey:
+        return _Survey.of(self.genes)
+
+    def add(self, state: _Survey, block: sparse.csr_matrix) -> _Survey:
+        return state.plus_rows(block)
+
+
+def _opened(path: Path, source: str) -> tuple[Any, pd.DataFrame, pd.Index]:
+    """A matrix that stays in its file, its columns, and the cells' names."""
     if not path.exists():
         raise InputError(f"there is no file {path}")
     with _readable(path):
@@ -130,32 +250,23 @@ def parts(
         node = root[place]
         var = anndata.io.read_elem(root["raw/var" if source == "raw" else "var"])
         cells = anndata.io.read_elem(root["obs"]).index
-        backed: Any = anndata.io.sparse_dataset(node) if hasattr(node, "keys") else node
-    if getattr(backed, "format", "csr") == "csc":
-        raise InputError(
-            f"{path}: {place} is stored by genes (CSC) and cannot be read by cells; write it as CSR"
-        )
+        matrix = anndata.io.sparse_dataset(node) if hasattr(node, "keys") else node
+    return matrix, var, cells
 
-    def blocks() -> Iterator[sparse.csr_matrix]:
-        for start in range(0, len(cells), rows):
-            with _readable(path):
-                block = backed[start : start + rows]
-            block = _csr(block, source)
-            if block.nnz:
-                _check_values(block.data, source, kind, of_all=False)
-            yield _log1p(block, kind)
 
-    totals, fractional = np.zeros(len(var)), False
-    for block in blocks():
-        totals += np.asarray(block.sum(axis=0, dtype=np.float64)).ravel()
-        values = block.data if kind == "log1p" else np.zeros(0)
-        fractional |= bool((values % 1 != 0).any())
-    if not totals.any():
-        raise InputError(f"{source} holds nothing but zeros")
-    if kind == "log1p" and not fractional:
-        raise InputError(f"{source} is said to hold log1p values, but all are integers; counts?")
-    genes, keep = _genes(var, symbols, totals)
-    return Parts(genes, cells, lambda: (block[:, keep] for block in blocks()))
+def _read(path: Path, matrix: Any, start: int, stop: int) -> Any:
+    with _readable(path):
+        return matrix[start:stop]
+
+
+def _block(
+    raw: Any, source: str, kind: str, keep: np.ndarray | slice = slice(None)
+) -> sparse.csr_matrix:
+    """Cells as they were read, checked, as log1p of some genes."""
+    block = _csr(raw, source)
+    if block.nnz:
+        _check_values(block.data, source, kind, of_all=False)
+    return _log1p(block, kind)[:, keep]
 
 
 def embedding(adata: anndata.AnnData, key: str) -> np.ndarray:
@@ -167,6 +278,7 @@ def embedding(adata: anndata.AnnData, key: str) -> np.ndarray:
     if key not in adata.obsm:
         raise InputError(f"obsm has no {key!r}; it has {_listing(adata.obsm)}")
     x = adata.obsm[key]
+    x = x.compute() if chunked.is_dask(x) else x
     x = x.toarray() if sparse.issparse(x) else np.asarray(x)
     name = f"obsm[{key!r}]"
     with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused
@@ -192,9 +304,10 @@ def labels(adata: anndata.AnnData, column: str) -> pd.Series:
       InputError: no such column, numbers that are not integers, or not at least two labels and at
         most half as many as cells.
     """
-    if column not in adata.obs:
-        raise InputError(f"obs has no column {column!r}; it has {_listing(adata.obs.columns)}")
-    values = adata.obs[column]
+    obs = in_memory(adata.obs)
+    if column not in obs:
+        raise InputError(f"obs has no column {column!r}; it has {_listing(obs.columns)}")
+    values = obs[column]
     if pd.api.types.is_float_dtype(values):  # integers with gaps, or not labels at all
         if not np.isfinite(values.dropna()).all() or (values.dropna() % 1).any():
             raise InputError(f"obs[{column!r}] holds numbers, not labels of cells")
@@ -244,35 +357,41 @@ def _genes(
 @contextlib.contextmanager
 def _readable(path: Path) -> Iterator[None]:
     """What anndata, h5py and zarr raise of a bad file, as one message."""
+    if not path.is_dir():
+        check_file(path)
     try:
         with warnings.catch_warnings():  # of old layouts, which anndata reads all the same
             warnings.simplefilter("ignore", FutureWarning)
             yield
     except InputError:
         raise
-    except (OSError, LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+    except Exception as error:  # anndata's IORegistryError and codecs' own among them
         kind = "a zarr store of anndata" if path.is_dir() else "an h5ad file"
         raise InputError(f"{path} cannot be read as {kind}: {_first_line(error)}") from error
 
 
-def _source(
-    adata: anndata.AnnData, source: str
-) -> tuple[sparse.spmatrix | np.ndarray, pd.DataFrame]:
+def _source(adata: anndata.AnnData, source: str) -> tuple[Any, pd.DataFrame]:
+    """A matrix of cells, and what its columns are."""
     if source == "X":
         if adata.X is None:
             raise InputError(f"the file has no X; there are layers {_listing(adata.layers)}")
-        return adata.X, adata.var
+        return adata.X, in_memory(adata.var)
     if source == "raw":
         if adata.raw is None:
             raise InputError(
                 f"the file has no raw; there are X and layers {_listing(adata.layers)}"
             )
-        return adata.raw.X, adata.raw.var
+        return adata.raw.X, in_memory(adata.raw.var)
     if source not in adata.layers:
         raise InputError(
             f"there is no layer {source!r}; there are X, raw and {_listing(adata.layers)}"
         )
-    return adata.layers[source], adata.var
+    return adata.layers[source], in_memory(adata.var)
+
+
+def in_memory(table: Any) -> pd.DataFrame:
+    """obs or var; `read_lazy` has them in a file."""
+    return table if isinstance(table, pd.DataFrame) else table.to_memory()
 
 
 def _csr(x: sparse.spmatrix | np.ndarray, source: str) -> sparse.csr_matrix:

@@ -1,7 +1,8 @@
 """Which genes differ between the cells where a feature is high and the cells where it is silent.
 
 Schuster A.3.4 (unpaired): Welch's t-test and the fold change of means, for every feature and gene
-at once. The groups are sparse masks (`groups` makes them); see `cell_sums` for the sums.
+at once. The groups are sparse masks (`groups` makes them); see `cell_sums` for the sums, which are
+taken over cells in memory, or over blocks of cells of a matrix that no memory holds.
 """
 
 from __future__ import annotations
@@ -15,11 +16,15 @@ import numpy as np
 from absl import logging
 from scipy import sparse, special
 
-from analysis import cell_sums
-from analysis.cell_sums import Moments, Sums
+from analysis import cell_sums, chunked
+from analysis.blocks import slices
+from analysis.cell_sums import GroupSums, GroupWork, Moments, Sums
+from analysis.chunked import Chunked
 from analysis.features import Matrix
 from analysis.groups import Groups, as_mask
 from sae_jax.errors import InputError
+
+TEST = 40 * 8  # bytes of a feature and gene while it is tested, and what is made of the test
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +85,9 @@ class Welch:
         n, m = self.n_high[:, None], self.n_low[:, None]
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.sqrt(((n - 1) * self.var_high + (m - 1) * self.var_low) / (n + m - 2))
+
+
+Test = Callable[[], Welch]
 
 
 def welch(
@@ -156,7 +164,7 @@ def welch_blocks(
 
 
 def welch_streamed(
-    parts: Callable[[], Iterable[Matrix]],
+    parts: Chunked | Callable[[], Iterable[Matrix]],
     high: Matrix,
     low: Matrix | None = None,
     active: Matrix | None = None,
@@ -164,53 +172,133 @@ def welch_streamed(
     pseudocount: float = 1.0,
     memory_bytes: int = 1 << 30,
 ) -> Iterator[Welch]:
-    """As `welch_blocks`, of expression that is read a part at a time, or predicted by a model.
+    """As `welch_blocks`, of expression that is read a block at a time, or predicted by a model.
+
+    Sparse blocks give the tests of the whole to the last bit, whatever the blocks; dense ones, and
+    those that a cluster adds up, to rounding (1e-12 of each sum).
 
     Args:
-        parts: starts from the first cell at every call: yields x [some cells, genes], dense or CSR,
-            until all cells of the masks have come, in their order. `cells.parts` reads a file so;
-            a decoder's predictions are `(np.log1p(1e4 * model.decode(rows)) for rows in ...)`.
+        parts: a matrix in blocks: of `cells.parts(...).x`, or any (`chunked.chunked`). Or what
+            starts from the first cell at every call and yields x [some cells, genes], dense or CSR,
+            until all cells of the masks have come, in their order: a decoder's predictions are
+            `(np.log1p(1e4 * model.decode(rows)) for rows in ...)`.
         high, low, active, pseudocount: as in `welch`.
-        memory_bytes: for the sums. As many features as fit are done in one pass over the parts; the
-            number of passes is logged.
+        memory_bytes: for all but the masks: the block of cells, the sums of as many features as fit
+            (they are done in one pass over the cells), their tests. Stated in the log, with the
+            number of passes, before the first one.
 
     Raises:
-        InputError: as `welch`; or parts of another number of cells than the masks have, or of
-            different numbers of genes.
+        InputError: as `welch`; memory for not even one feature; or parts of another number of cells
+            than the masks have, or of different numbers of genes.
     """
-    n_cells = np.shape(high)[-1]
+    source = getattr(parts, "x", parts)
+    if isinstance(source, Chunked):
+        n_cells = source.shape[0]
+    else:
+        source, n_cells = _Calls(source, np.shape(high)[-1]), np.shape(high)[-1]
     high, other = _masks(high, low, active, pseudocount, n_cells)
-    block, begin = 0, 0
-    while begin < high.shape[0]:
-        sums: list[Sums] | None = None
-        seen = 0
-        for x in parts():
-            if not block:  # 2 groups, 4 sums, and as much again for those of the part
-                block = max(1, memory_bytes // (2 * 2 * 4 * 8 * x.shape[1]))
-                passes = math.ceil(high.shape[0] / block)
-                logging.info("%d features: %d passes over the cells", high.shape[0], passes)
-            cells, rows = slice(seen, seen + x.shape[0]), slice(begin, begin + block)
-            moments = cell_sums.moments_of(x)
-            seen += x.shape[0]
-            if seen > n_cells:
-                break
-            masks = high[rows, cells], other[rows, cells]
-            if active is None:
-                found = [cell_sums.over(mask, moments) for mask in masks]
-            else:
-                found = [*cell_sums.over_both(*masks, moments), cell_sums.over_all(moments)]
-            if sums is not None and sums[0].x.shape != found[0].x.shape:
+    within, everything = active is not None, None
+    plan = Passes.of(source, high.shape[0], memory_bytes)
+
+    def one_pass(rows: slice) -> Iterator[Welch]:  # whose sums go before the next one's come
+        nonlocal everything
+        work = GroupWork(high[rows].tocsc(), other[rows].tocsc(), within, source.shape[1])
+        if within and everything is None:
+            sums, everything = source.fold(work.and_all()).without_all()
+        else:
+            sums = source.fold(work)
+        for some in slices(rows.stop - rows.start, plan.tested):
+            top, rest = sums.of(some)
+            yield _test(top, rest if everything is None else everything.less(rest), pseudocount)
+
+    for rows in slices(high.shape[0], plan.features):
+        yield from one_pass(rows)
+
+
+@dataclass(frozen=True, eq=False)
+class _Calls:
+    """Blocks that a function yields, as `Chunked` has them; the first one says how many genes."""
+
+    parts: Callable[[], Iterable[Matrix]]
+    n_cells: int
+    block_bytes: int = 0  # not known: whoever yields them has them
+    rows: int = 0
+
+    @functools.cached_property
+    def shape(self) -> tuple[int, int]:
+        return self.n_cells, next(iter(self.parts())).shape[1]
+
+    def fold(self, work: GroupWork) -> GroupSums:
+        state, seen = work.start(), 0
+        for x in self.parts():
+            if x.shape[1] != work.genes:
                 raise InputError(
-                    f"the parts have {sums[0].x.shape[1]} and {found[0].x.shape[1]} genes: give "
-                    "the same ones."
+                    f"the parts have {work.genes} and {x.shape[1]} genes: give the same ones."
                 )
-            sums = found if sums is None else [a.plus(b) for a, b in zip(sums, found, strict=True)]
-        if seen != n_cells or sums is None:
+            cells = slice(seen, seen + x.shape[0])
+            seen = cells.stop
+            if seen > self.n_cells:
+                break
+            state = work.part(cells).add(state, x)
+        if seen != self.n_cells:
             raise InputError(
-                f"the masks have {n_cells} cells and the parts {'more' if seen > n_cells else seen}"
+                f"the masks have {self.n_cells} cells and the parts "
+                f"{'more' if seen > self.n_cells else seen}"
             )
-        yield _test(sums[0], sums[1] if active is None else sums[2].less(sums[1]), pseudocount)
-        begin += block
+        return state
+
+
+@dataclass(frozen=True)
+class Passes:
+    """How tests of expression in blocks are done in a given memory.
+
+    Attributes:
+      features: whose sums are taken in one pass over the cells.
+      tested: of these at once.
+      bytes: that everything takes, at most, beside the masks.
+    """
+
+    features: int
+    tested: int
+    bytes: int
+
+    @classmethod
+    def of(
+        cls, source: Chunked | _Calls, features: int, memory_bytes: int, *, tested: int = 16,
+        threads: int = 1, beside: int = 0,
+    ) -> Passes:  # fmt: skip
+        """As many features in a pass as fit; logged.
+
+        Args:
+            features: of all passes.
+            tested, threads: features that are tested at once by each of so many threads, or fewer
+                where memory is short. With more than one thread the sums of a pass may still be
+                there while the next is begun.
+            beside: bytes of what else is held.
+
+        Raises:
+            InputError: not one feature fits.
+        """
+        n_cells, genes = source.shape
+        tested = max(1, min(tested, features, memory_bytes // (4 * TEST * genes * threads)))
+        sums = 2 * 4 * 8 * genes * (1 if threads == 1 else 2)  # of a feature
+        fixed = source.block_bytes + beside + 8 * 8 * genes + threads * tested * TEST * genes
+        at_once = min(features, (memory_bytes - fixed) // sums)
+        if at_once < 1:
+            raise InputError(
+                f"expression of {n_cells:,} cells x {genes:,} genes needs "
+                f"{chunked.size(fixed + sums)} of memory for one feature in blocks of "
+                f"{source.rows:,} cells, and may take {chunked.size(memory_bytes)}: give more, or "
+                "smaller blocks."
+            )
+        found = cls(int(at_once), tested, int(fixed + sums * at_once))
+        logging.info(
+            "DGE: %s cells x %s genes in blocks of %s cells, %d features in %d passes, "
+            "at most %s",
+            f"{n_cells:,}", f"{genes:,}", f"{source.rows:,}" if source.rows else "their own",
+            features, math.ceil(features / at_once), chunked.size(found.bytes),
+        )  # fmt: skip
+        return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,6 +307,7 @@ class Prepared:
 
     moments: Moments
     everything: Sums
+    tested: int | None = None  # features at once: as many as are wanted
 
     @classmethod
     def of(cls, expression: Matrix) -> Prepared:
@@ -229,13 +318,78 @@ class Prepared:
     @functools.cached_property
     def typical_sd(self) -> float:
         """Median, over the more expressed half of the genes, of the sd over all cells."""
-        mean, variance = self.everything.x[0], self.everything.variance[0]
-        return float(np.sqrt(np.median(variance[mean >= np.median(mean)])))
+        return _typical_sd(self.everything)
 
     def welch(self, groups: Groups, pseudocount: float = 1.0) -> Welch:
         """The test of some features, whose groups were made by the functions of `groups`."""
         high, active = cell_sums.over_both(groups.high, groups.active, self.moments)
         return _test(high, self.everything.less(active), pseudocount)
+
+    def tests(self, blocks: Iterable[Groups], pseudocount: float = 1.0) -> Iterator[Test]:
+        """For every block of features what makes its test when it is called, in any thread."""
+        return (functools.partial(self.welch, groups, pseudocount) for groups in blocks)
+
+
+@dataclass(frozen=True, eq=False)
+class Streamed:
+    """As `Prepared`, of expression in blocks: the sums of many features are taken in a pass over
+    the cells, as many as a given memory holds."""
+
+    source: Chunked
+    everything: Sums
+    features: int
+    tested: int  # at once, by a thread
+    typical_sd: float
+
+    @classmethod
+    def of(
+        cls, source: Chunked, features: int, memory_bytes: int, *, tested: int, threads: int
+    ) -> Streamed:
+        """One pass over the cells; the rest is as for `Passes.of`."""
+        plan = Passes.of(source, features, memory_bytes, tested=tested, threads=threads)
+        nothing = sparse.csc_array((0, source.shape[0]), dtype=bool)
+        work = GroupWork(nothing, nothing, True, source.shape[1])
+        _, everything = source.fold(work.and_all()).without_all()
+        return cls(source, everything, plan.features, plan.tested, _typical_sd(everything))
+
+    def tests(self, blocks: Iterable[Groups], pseudocount: float = 1.0) -> Iterator[Test]:
+        """As `Prepared.tests`; a pass is made when its first test is asked for."""
+        some: list[Groups] = []
+        for groups in blocks:
+            if some and sum(each.high.shape[0] for each in [*some, groups]) > self.features:
+                yield from self._pass(some, pseudocount)
+                some = []
+            some.append(groups)
+        yield from self._pass(some, pseudocount)
+
+    def _pass(self, some: list[Groups], pseudocount: float) -> Iterator[Test]:
+        if not some:
+            return
+        high, active = (sparse.vstack(masks, "csc") for masks in zip(*some, strict=True))
+        sums = self.source.fold(GroupWork(high, active, True, self.source.shape[1]))
+        start = 0
+        for groups in some:
+            rows = slice(start, start + groups.high.shape[0])
+            start = rows.stop
+            yield functools.partial(self._welch, sums, rows, pseudocount)
+
+    def _welch(self, sums: GroupSums, rows: slice, pseudocount: float) -> Welch:
+        high, active = sums.of(rows)
+        return _test(high, self.everything.less(active), pseudocount)
+
+
+def prepare(
+    expression: Matrix | Chunked, features: int, memory_bytes: int, *, tested: int, threads: int = 1
+) -> Prepared | Streamed:
+    """The one for expression in memory, or the other for blocks of it; arguments as of `Passes`."""
+    if not isinstance(expression, Chunked):
+        return Prepared.of(expression)
+    return Streamed.of(expression, features, memory_bytes, tested=tested, threads=threads)
+
+
+def _typical_sd(everything: Sums) -> float:
+    mean, variance = everything.x[0], everything.variance[0]
+    return float(np.sqrt(np.median(variance[mean >= np.median(mean)])))
 
 
 def _test(high: Sums, low: Sums, pseudocount: float) -> Welch:

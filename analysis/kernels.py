@@ -30,8 +30,8 @@ def group_sums(
       also: bool, one for each entry of `mask_cells`: whether it is in the smaller group too.
       indptr, genes, values: CSR of the expression x [cells, genes].
       counts: exp(x) - 1 of its entries.
-      sums, part: float64 [features, 4, genes], zeros: filled with the sums of x, of its square, of
-        the counts, and with the number of cells where x is not zero.
+      sums, part: float64 [features, 4, genes]; added to them are the sums of x, of its square, of
+        the counts, and the number of cells where x is not zero.
     """
     for feature in range(len(mask_indptr) - 1):
         for entry in range(mask_indptr[feature], mask_indptr[feature + 1]):

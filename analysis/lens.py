@@ -2,7 +2,8 @@
 
 Schuster's section 5 as arithmetic. Features go through in blocks, in threads; of the genes only the
 best of each feature are kept, of the terms every test as -log10 p in float32, in memory or, beyond
-a limit, in files. `annotated` has what comes out and what it names, `long_table` writes it.
+a limit, in files. Expression may stay in its file: the sums of many features are then taken in one
+pass over the cells. `annotated` has what comes out and what it names, `long_table` writes it.
 
 Two statistics of a term are standardised by what permuted features have (see `calibration`): the
 mean change of its genes, in standard deviations of theirs, "change", and Mann-Whitney's z of their
@@ -63,23 +64,37 @@ def annotate(
       matched: whether to make the test within strata of like expression.
       top_genes: genes of a feature that are kept, those of the largest |t| in the rule's direction.
       block: features at once in each of `workers` threads (default: the cores).
-      memory_bytes: tables beyond it are kept in files of the temporary folder.
+      memory_bytes: tables beyond it are kept in files of the temporary folder. Where expression is
+        in blocks (`cells.parts`), as much again is for these, for sums and tests, and is stated
+        before they are made.
       known: calibrations made before, instead of new ones.
 
     Returns:
       The annotation, and the calibrations used, by test.
 
     Raises:
-      InputError: shapes that do not fit, fewer than 100 genes, no feature with high cells.
+      InputError: shapes that do not fit, fewer than 100 genes, no feature with high cells, memory
+        in which blocks and the sums of one feature have no place.
     """
     rule = rule or Rule()
+    if block < 1 or bins < 1 or not (null_features == 0 or null_features >= 30):
+        raise InputError(
+            f"block={block}, bins={bins} must be at least 1, null_features={null_features} 0 or 30"
+        )
     _check(z, expression, sets, rule)
-    prepared = differential.Prepared.of(expression.x)
     groups = top_cells(z, rule.percentile)
     n_features, n_terms = z.shape[1], len(sets.names)
     if not groups.high.nnz:
         raise InputError("no feature has a high cell: is the dictionary dead on these cells?")
-    strata = enrichment.strata_of_rank(np.asarray(expression.x.mean(axis=0)).ravel())
+    # A thread holds some twenty tables [block, genes] of float64.
+    fitting = memory_bytes // (20 * 8 * block * len(expression.genes))
+    workers = workers or max(1, min(len(os.sched_getaffinity(0)), fitting))
+    prepared = differential.prepare(
+        expression.x, max(n_features, bins * null_features), memory_bytes, tested=block,
+        threads=workers,
+    )  # fmt: skip
+    block = prepared.tested or block
+    strata = enrichment.strata_of_rank(prepared.everything.x[0])
     known = known or {}
     made = {test: bool(null_features) or test in known for test in CALIBRATED}
     made["matched"] = matched
@@ -92,9 +107,8 @@ def annotate(
     n_high, n_low, n_relevant = np.zeros((3, n_features), np.int64)
     tops: list[pd.DataFrame | None] = [None] * -(-n_features // block)
 
-    def test(rows: slice) -> None:
-        part = Groups(groups.high[rows], groups.active[rows])
-        welch = prepared.welch(part, rule.pseudocount)
+    def test(rows: slice, made: differential.Test) -> None:
+        welch = made()
         gene_q = enrichment.benjamini_hochberg(welch.p, axis=1)
         chosen = relevant(welch, gene_q, rule)
         ranked = enrichment.mann_whitney(welch.scores(), sets.membership)
@@ -119,17 +133,17 @@ def annotate(
         found[np.minimum(welch.n_high, welch.n_low) < 2] = np.nan
         return found
 
-    def statistics(drawn: Groups) -> np.ndarray:
-        welch = prepared.welch(drawn, rule.pseudocount)
+    def statistics(made: differential.Test) -> np.ndarray:
+        welch = made()
         z = enrichment.mann_whitney(welch.scores(), sets.membership).z
         return np.concatenate([mean_change(welch), z], axis=1)
 
-    # A thread holds some twenty tables [block, genes] of float64.
-    fitting = memory_bytes // (20 * 8 * block * len(expression.genes))
-    workers = workers or max(1, min(len(os.sched_getaffinity(0)), fitting))
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         bar = tqdm(total=n_features, unit=" features", disable=not progress, desc="features")
-        for _ in in_order(pool, test, slices(n_features, block), workers):
+        parts = list(slices(n_features, block))
+        some = (Groups(groups.high[rows], groups.active[rows]) for rows in parts)
+        tests_made = zip(parts, prepared.tests(some, rule.pseudocount), strict=True)
+        for _ in in_order(pool, lambda item: test(*item), tests_made, workers):
             bar.update(min(block, n_features - bar.n))
         bar.close()
         testable = rule.testable(n_high, n_low)
@@ -138,9 +152,9 @@ def annotate(
             sizes, null = calibration.permuted(
                 z.shape[0], n_high[testable], n_active[testable], statistics, bins=bins,
                 per_bin=null_features, block=block, seed=seed,
-                run=lambda work, some: tqdm(
-                    in_order(pool, work, some, workers), desc="permuted", unit=" blocks",
-                    disable=not progress,
+                run=lambda work, drawn: tqdm(
+                    in_order(pool, work, prepared.tests(drawn, rule.pseudocount), workers),
+                    desc="permuted", unit=" blocks", disable=not progress,
                 ),
             )  # fmt: skip
             known = {

@@ -20,8 +20,10 @@ import anndata
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 from scipy import sparse
 
+from analysis import chunked
 from analysis.blocks import slices
 from analysis.features import Matrix
 from sae_jax import Dictionary, models
@@ -32,6 +34,7 @@ from sae_jax.state import Params, hyperparams
 ROWS = 256  # what a compiled program takes at once; the rest of the last piece is padding
 FEW = 4  # concepts of a top-k up to which their ranks are counted, instead of finding the k-th
 BYTES = 2**27  # of dense perturbed cells at once
+CELLS = 4096  # given at once to a model out of a file
 NEURONS = "neurons"
 
 
@@ -109,9 +112,15 @@ def embed(
 ) -> np.ndarray:
     """Rows [cells, d] of the one layer that the options name.
 
+    Of an AnnData in a file or of dask arrays a model without `swaps`, of which each cell's rows are
+    its own, is given some cells at a time; one with `swaps` reads them so itself.
+
     Raises:
         InputError: several layers, or another number of rows than cells.
     """
+    if not in_memory(adata) and not hasattr(model, "swaps"):
+        parts = slices(adata.n_obs, CELLS)
+        return np.concatenate([embed(model, adata[rows].to_memory(), options) for rows in parts])
     found = model.embed(adata, **(options or {}))
     if isinstance(found, Mapping):
         if len(found) != 1:
@@ -124,6 +133,16 @@ def embed(
             "each cell is wanted."
         )
     return rows
+
+
+def in_memory(adata: anndata.AnnData) -> bool:
+    """Whether it is: not in a file, nor of dask arrays or a lazy obs."""
+    matrices = [adata.X, *adata.layers.values()] if not adata.isbacked else []
+    return not (
+        adata.isbacked
+        or any(map(chunked.is_dask, matrices))
+        or not isinstance(adata.obs, pd.DataFrame)
+    )
 
 
 class Score:
@@ -176,6 +195,8 @@ class AnyModel:
         self._layer = options.get("counts")
         if self._layer == "raw" or (self._layer is not None and self._layer not in adata.layers):
             raise InputError(f"counts={self._layer!r}: genes are exchanged in X or in a layer.")
+        if not in_memory(adata):  # these cells alone are
+            adata, cells = adata[cells].to_memory(), np.arange(len(cells))
         matrix = adata.X if self._layer is None else adata.layers[self._layer]
         if matrix is None:
             raise InputError("the AnnData has no X: name the layer to exchange genes in by counts.")

@@ -2,25 +2,32 @@
 
 Cells of one donor resemble one another, so a test over cells finds the donors in which a feature
 happens to be high. Here each donor gives one difference, of its own high and low cells, and the
-test is the paired t-test over donors.
+test is the paired t-test over donors. Expression may be in blocks of cells (`analysis.chunked`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import pandas as pd
+from absl import logging
 from numpy.typing import ArrayLike
 from scipy import sparse, special
 
+from analysis import chunked
+from analysis.blocks import slices
 from analysis.cell_sums import EPSILON, LARGEST_LOG_VALUE
+from analysis.chunked import Chunked
 from analysis.features import Matrix
 from analysis.groups import as_mask
 from sae_jax.errors import InputError
 
 COUNTS_PER_PROFILE = 1e4
 MIN_DONORS = 3
+# What may be given, and what is summed of it.
+SCALES = {"log1p": ("x", "exp(x) - 1"), "counts": ("x",)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +51,7 @@ class DonorTest:
 
 
 def donor_test(
-    expression: Matrix,
+    expression: Matrix | Chunked,
     high: Matrix,
     low: Matrix,
     donors: ArrayLike | pd.Series,
@@ -53,6 +60,7 @@ def donor_test(
     min_cells: int = 10,
     pseudocount: float = 1.0,
     block: int = 16,
+    memory_bytes: int = 1 << 30,
 ) -> DonorTest:
     """Paired t-test over donors of every gene, between two groups of cells of every feature.
 
@@ -64,7 +72,8 @@ def donor_test(
             counts) of the sums over the group (a pseudobulk)
 
     Args:
-        expression: [cells, genes], dense or CSR, non-negative.
+        expression: [cells, genes], dense or CSR, non-negative; or in blocks of cells, as
+            `chunked.chunked` makes them of counts, and `cells.parts(...).x` has log values.
         high: boolean mask [features, cells], dense or sparse.
         low: boolean mask [features, cells]; shares no cell with `high`.
         donors: one label per cell. Cells without one (None, NaN) are left out.
@@ -72,6 +81,8 @@ def donor_test(
         min_cells: at least 1.
         pseudocount: added for the fold change to the mean counts (or counts per 10,000).
         block: features worked on at once; some ten arrays [block, donors, genes] are held.
+        memory_bytes: of expression in blocks, for the block, these arrays, and the sums of as many
+            features as fit: they are done in one pass over the cells. Stated in the log before.
 
     Returns:
         The tests, features in the order of the masks.
@@ -84,8 +95,10 @@ def donor_test(
         raise InputError(
             f"min_cells={min_cells}, block={block}, pseudocount={pseudocount}: give positive ones."
         )
-    values = _values(expression, scale)
-    n_cells = values[0].shape[0]
+    if scale not in SCALES:
+        raise InputError(f'scale={scale!r}: say whether expression is "log1p" or "counts".')
+    values = None if isinstance(expression, Chunked) else _values(expression, scale)
+    n_cells, n_genes = expression.shape if values is None else values[0].shape
     high, low = as_mask("high", high, n_cells), as_mask("low", low, n_cells)
     if high.shape != low.shape or high.multiply(low).nnz:
         raise InputError("high and low must hold the same features and share no cell.")
@@ -96,11 +109,20 @@ def donor_test(
             "not all of them missing."
         )
     donor = pd.factorize(labels)[0]
-    parts = []
-    for begin in range(0, high.shape[0], block):
-        rows = slice(begin, begin + block)
-        sums = (_sums(mask[rows], donor, values) for mask in (high, low))
-        parts.append(_test(*sums, scale, min_cells, pseudocount, rounding=n_cells * EPSILON))
+    work = _Work(high.tocsc(), low.tocsc(), donor, int(donor.max()) + 1, n_genes, scale)
+    at_once = block
+    if values is None:
+        at_once, block = _at_once(expression, work, block, memory_bytes)
+
+    def one_pass(some: _Work) -> Iterator[DonorTest]:  # whose sums go before the next one's come
+        sums = expression.fold(some) if values is None else some.add_values(some.start(), values)
+        for rows in slices(some.high.shape[0], block):
+            high, low = ([table[rows] for table in group] for group in sums.groups)
+            yield _test(high, low, scale, min_cells, pseudocount, rounding=n_cells * EPSILON)
+
+    parts = [
+        part for rows in slices(high.shape[0], at_once) for part in one_pass(work.features(rows))
+    ]
     return DonorTest(
         **{
             field.name: np.concatenate([getattr(part, field.name) for part in parts])
@@ -109,24 +131,97 @@ def donor_test(
     )
 
 
-def _sums(mask: sparse.csr_array, donor: np.ndarray, values: list[Matrix]) -> list[np.ndarray]:
-    """Cells [features, donors, 1], then the sum of each of `values` [features, donors, genes].
+def _at_once(expression: Chunked, work: _Work, block: int, memory_bytes: int) -> tuple[int, int]:
+    """Features whose sums are taken in one pass over the cells, and of these tested at once.
 
-    One sparse product: a row of the mask becomes one row for each donor.
+    Raises:
+        InputError: not one feature fits.
     """
-    n_donors = int(donor.max()) + 1
-    feature, cell = mask.nonzero()
-    labelled = donor[cell] >= 0
-    feature, cell = feature[labelled].astype(np.int64), cell[labelled]
-    split = sparse.csr_array(
-        (np.ones(cell.size), (feature * n_donors + donor[cell], cell)),
-        shape=(mask.shape[0] * n_donors, mask.shape[1]),
-    )
-    sums = [np.diff(split.indptr), *(split @ value for value in values)]
-    return [
-        (m.toarray() if sparse.issparse(m) else m).reshape(mask.shape[0], n_donors, -1)
-        for m in sums
-    ]
+    table = 8 * work.n_donors * work.n_genes
+    sums = 2 * 2 * len(SCALES[work.scale]) * table  # of a feature, and those of a block
+    block = max(1, min(block, memory_bytes // (4 * 10 * table)))
+    fixed = expression.block_bytes + block * 10 * table
+    at_once = min(work.high.shape[0], (memory_bytes - fixed) // sums)
+    if at_once < 1:
+        raise InputError(
+            f"{work.n_donors} donors x {work.n_genes:,} genes need {chunked.size(fixed + sums)} of "
+            f"memory for one feature, and may take {chunked.size(memory_bytes)}: give more."
+        )
+    logging.info(
+        "pseudobulk: %s cells x %s genes in blocks of %s cells, %d donors, %d features in %d "
+        "passes, at most %s",
+        f"{expression.shape[0]:,}", f"{work.n_genes:,}", f"{expression.rows:,}", work.n_donors,
+        work.high.shape[0], -(-work.high.shape[0] // at_once), chunked.size(fixed + sums * at_once),
+    )  # fmt: skip
+    return int(at_once), block
+
+
+@dataclass(frozen=True, eq=False)
+class _Sums:
+    """Of the high and the low group the cells [features, donors, 1], then sums of each of the
+    values [features, donors, genes]."""
+
+    groups: tuple[list[np.ndarray], list[np.ndarray]]
+
+    def plus(self, other: _Sums) -> _Sums:
+        """Over the cells of both, which share none."""
+        high, low = (
+            [a + b for a, b in zip(*tables, strict=True)]
+            for tables in zip(self.groups, other.groups, strict=True)
+        )
+        return _Sums((high, low))
+
+
+@dataclass(frozen=True, eq=False)
+class _Work:
+    """The `chunked.Work` that makes them; masks are CSC [features, cells]."""
+
+    high: sparse.csc_array
+    low: sparse.csc_array
+    donor: np.ndarray
+    n_donors: int
+    n_genes: int
+    scale: str
+
+    def features(self, rows: slice) -> _Work:
+        """Of some features."""
+        return replace(self, high=self.high[rows], low=self.low[rows])
+
+    def part(self, rows: slice) -> _Work:
+        """Of some cells."""
+        return replace(self, high=self.high[:, rows], low=self.low[:, rows], donor=self.donor[rows])
+
+    def start(self) -> _Sums:
+        """Of no cell."""
+        n = self.high.shape[0], self.n_donors
+        wide = [np.zeros((2, *n, self.n_genes)) for _ in SCALES[self.scale]]
+        cells = np.zeros((2, *n, 1), np.int64)
+        high, low = ([cells[i], *(table[i] for table in wide)] for i in range(2))
+        return _Sums((high, low))
+
+    def add(self, state: _Sums, block: Matrix) -> _Sums:
+        """With the cells of this part, written into the state."""
+        return self.add_values(state, _values(block, self.scale))
+
+    def add_values(self, state: _Sums, values: list[Matrix]) -> _Sums:
+        """The same of what `_values` makes of them."""
+        for mask, tables in zip((self.high, self.low), state.groups, strict=True):
+            for table, found in zip(tables, self._of(mask.tocsr(), values), strict=True):
+                table += found
+        return state
+
+    def _of(self, mask: sparse.csr_array, values: list[Matrix]) -> Iterator[np.ndarray]:
+        """One sparse product: a row of the mask becomes one row for each donor."""
+        feature, cell = mask.nonzero()
+        labelled = self.donor[cell] >= 0
+        feature, cell = feature[labelled].astype(np.int64), cell[labelled]
+        split = sparse.csr_array(
+            (np.ones(cell.size), (feature * self.n_donors + self.donor[cell], cell)),
+            shape=(mask.shape[0] * self.n_donors, mask.shape[1]),
+        )
+        for found in (np.diff(split.indptr), *(split @ value for value in values)):
+            found = found.toarray() if sparse.issparse(found) else found
+            yield found.reshape(mask.shape[0], self.n_donors, -1)
 
 
 def _test(
@@ -178,8 +273,6 @@ def _profiles(sums: list[np.ndarray], scale: str) -> tuple[np.ndarray, np.ndarra
 
 def _values(expression: Matrix, scale: str) -> list[Matrix]:
     """The matrices to be summed, float64: counts, or log values and their counts exp(x) - 1."""
-    if scale not in ("log1p", "counts"):
-        raise InputError(f'scale={scale!r}: say whether expression is "log1p" or "counts".')
     if np.ndim(expression) != 2:
         raise InputError(
             f"expression has {np.ndim(expression)} dimensions: give a matrix of cells by genes."

@@ -8,7 +8,9 @@
     features = tl.features(adata)              # cells x live features, var names them
 
 Everything is under one key, by default "sae": `obsm["X_sae"]` has the activations, `uns["sae"]` the
-tables. All of it can be written to h5ad and read back.
+tables. All of it can be written to h5ad and read back. The AnnData may be in a file
+(`anndata.read_h5ad(backed="r")`) or lazy (`anndata.experimental.read_lazy`): expression then stays
+there, and is read a block of cells at a time; results are the same.
 """
 
 from __future__ import annotations
@@ -67,9 +69,10 @@ def characterise(
     """
     z, found = _encoded(adata, key)
     labels = None if groupby is None else cells.labels(adata, groupby)
-    if missing := [name for name in technical if name not in adata.obs]:
+    obs = cells.in_memory(adata.obs)
+    if missing := [name for name in technical if name not in obs]:
         raise InputError(f"obs has no {', '.join(missing)}")
-    table = characterisation.summary(z, labels, adata.obs[list(technical)])
+    table = characterisation.summary(z, labels, obs[list(technical)])
     table.index = lens.feature_names(found["latents"])
     found["features"] = table
     return table
@@ -141,7 +144,7 @@ def features(adata: anndata.AnnData, *, key: str = "sae") -> anndata.AnnData:
     if "features" in found:
         var = var.join(found["features"])
     others = {name: values for name, values in adata.obsm.items() if name != f"X_{key}"}
-    result = anndata.AnnData(z.copy(), adata.obs.copy(), var, obsm=others)
+    result = anndata.AnnData(z.copy(), cells.in_memory(adata.obs).copy(), var, obsm=others)
     if "named" in found:
         named = sparse.csr_matrix(found["named"])
         result.varm["terms"] = named

@@ -1,6 +1,7 @@
-"""Expression of some cells out of an AnnData, in memory or on disk, and what it must be."""
+"""Expression of some cells out of an AnnData, in memory, on disk or lazy, and what it must be."""
 
 import dataclasses
+import sys
 import types
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,13 +14,16 @@ import pandas as pd
 import scipy.sparse
 import zarr
 
-from extract.errors import InputError, listed
+from extract.errors import InputError, listed, reading
 
 _BLOCK = 4096  # cells read at once
 
 
 class Expression:
     """Rows of X, of a layer or of raw as CSR, read when asked for.
+
+    They may be in memory, in a file (`anndata.read_h5ad(backed="r")`, `open_backed`) or in a dask
+    array (`anndata.experimental.read_lazy`): values are the same.
 
     Attributes:
       where: which of these, for messages.
@@ -37,8 +41,10 @@ class Expression:
         self.where, matrix, self.var = _source(adata, layer)
         if matrix is None:
             raise InputError("the file has no X; name the layer that holds the counts with counts=")
-        if matrix.dtype.kind not in "biuf":
-            raise InputError(f"{self.where} holds {matrix.dtype}, not numbers")
+        with reading(self.where):
+            dtype = matrix.dtype
+        if dtype.kind not in "biuf":
+            raise InputError(f"{self.where} holds {dtype}, not numbers")
         self.names = [str(name) for name in adata.obs_names]
         if not adata.obs_names.is_unique:
             twice = adata.obs_names[adata.obs_names.duplicated()].unique()
@@ -48,7 +54,10 @@ class Expression:
             )
         if isinstance(matrix, scipy.sparse.spmatrix | scipy.sparse.sparray):
             matrix = scipy.sparse.csr_matrix(_computable(matrix))
+        elif getattr(matrix, "format", None) == "csc":
+            matrix = matrix.to_memory().tocsr()  # rows of a column store cannot be read alone
         self._matrix: Any = matrix
+        self._dask = _is_dask(matrix)
         self._chosen: np.ndarray | None = getattr(adata, "chosen", None)
 
     def rows(self, which: slice | np.ndarray) -> scipy.sparse.csr_matrix:
@@ -61,9 +70,9 @@ class Expression:
         if isinstance(at, np.ndarray) and len(at) and np.all(np.diff(at) == 1):
             at = slice(int(at[0]), int(at[-1]) + 1)  # which files read faster
         dense = isinstance(self._matrix, zarr.Array) and not isinstance(at, slice)
-        block = scipy.sparse.csr_matrix(
-            _computable(self._matrix.oindex[at] if dense else self._matrix[at])
-        )
+        with reading(self.where):  # codecs of files have exceptions of their own
+            found = self._matrix.oindex[at] if dense else self._matrix[at]
+            block = scipy.sparse.csr_matrix(_computable(found.compute() if self._dask else found))
         block.sum_duplicates()
         block.eliminate_zeros()
         bad = ~np.isfinite(block.data) | (block.data < 0)
@@ -87,18 +96,29 @@ class Expression:
 def _source(adata: anndata.AnnData, layer: str | None) -> tuple[str, Any, pd.DataFrame]:
     """How it is called, the matrix, and what its columns are."""
     if layer is None:
-        return "X", adata.X, adata.var
+        return "X", adata.X, in_memory(adata.var)
     where = f"layers['{layer}']"
     raw = adata.raw if layer == "raw" else None
     if raw is not None and layer in adata.layers:
         raise InputError(f"counts='raw' may be adata.raw or {where}: rename the layer")
     if raw is not None:
-        return "raw", raw.X, raw.var
+        return "raw", raw.X, in_memory(raw.var)
     if layer not in adata.layers:
         neither = "raw, and no " if layer == "raw" else ""
         there = listed(adata.layers, 20) or "none"
         raise InputError(f"there is no {neither}{where}; layers: {there}")
-    return where, adata.layers[layer], adata.var
+    return where, adata.layers[layer], in_memory(adata.var)
+
+
+def in_memory(table: Any) -> pd.DataFrame:
+    """obs or var of an AnnData; `read_lazy` leaves them in the file."""
+    return table if isinstance(table, pd.DataFrame) else table.to_memory()
+
+
+def _is_dask(matrix: Any) -> bool:
+    """Whether it is a dask array, without importing dask."""
+    array = sys.modules.get("dask.array")
+    return array is not None and isinstance(matrix, array.Array)
 
 
 def _computable(matrix: Any) -> Any:
@@ -235,6 +255,8 @@ def restrict(adata: anndata.AnnData, rows: np.ndarray) -> anndata.AnnData:
     Args:
       rows: positions, int64 [cells], ascending: files read in no other order.
     """
+    if getattr(adata, "isbacked", False) and not adata.is_view:  # of a view X would be read whole
+        adata = _Lazy(adata.obs, adata.var, adata.X, adata.layers, adata.raw)
     if not isinstance(adata, _Lazy):
         return adata[rows]
     chosen = rows if adata.chosen is None else adata.chosen[rows]

@@ -18,6 +18,7 @@ from extract.errors import InputError, listed
 from extract.tokens import token_table
 
 LATENT, EMBEDDING = "latent", "embedding"
+BLOCK_CELLS = 4096  # read and run at once by `embed`
 Layer = int | str
 Edit = Callable[[np.ndarray], np.ndarray]
 
@@ -233,7 +234,9 @@ class Model(abc.ABC):
     ) -> dict[Layer, np.ndarray]:
         """Hidden states of cells, float32 [cells, d_model] a layer, in the order of `adata`.
 
-        Under pooling "tokens" the rows are gene tokens, cell after cell; `tokens` names them.
+        Under pooling "tokens" the rows are gene tokens, cell after cell; `tokens` names them. Cells
+        are read and run some thousands at a time, so those of an AnnData in a file, or of
+        `anndata.experimental.read_lazy`, need no more memory than their hidden states.
 
         Args:
           layers: block outputs, 0 .. n_layers-1 or negative, "embedding", a list of these, "all";
@@ -252,8 +255,22 @@ class Model(abc.ABC):
         """
         layers, pooling = self.resolve(layers), self.pooling(pooling)
         preprocessing["min_gene_coverage"] = min_gene_coverage
-        _, inputs = self._inputs(adata, genes, counts, preprocessing, empty_cells, pooling)
-        return self.evaluate(inputs, layers, pooling, batch_size=batch_size).hidden
+        plan = self.plan(adata, genes, counts, **preprocessing)
+        self.check(plan, pooling)
+        starts = range(0, max(1, len(plan.names)), BLOCK_CELLS)
+        blocks = [slice(start, start + BLOCK_CELLS) for start in starts]
+        one = plan.read(blocks[0]) if len(blocks) == 1 else None
+        empty = [plan.read(rows).empty for rows in blocks] if one is None else [one.empty]
+        refuse_empty(np.concatenate(empty), plan.names, empty_cells)
+        parts = [
+            self.evaluate(
+                plan.read(rows) if one is None else one, layers, pooling, batch_size=batch_size
+            ).hidden
+            for rows in blocks
+        ]
+        if len(parts) == 1:
+            return parts[0]
+        return {layer: np.concatenate([part[layer] for part in parts]) for layer in parts[0]}
 
     def run(
         self,

@@ -6,6 +6,7 @@ from typing import Any
 
 import anndata
 import numpy as np
+import pandas as pd
 import torch
 
 from extract.cells import Expression
@@ -85,7 +86,8 @@ class Callable(Model):
         names = Expression(adata, counts).names
 
         def read(rows: slice | np.ndarray) -> Vectors:
-            made = self.inputs(adata[rows])
+            some = adata[rows]
+            made = self.inputs(some if isinstance(adata.obs, pd.DataFrame) else some.to_memory())
             tensors = made if isinstance(made, tuple) else (made,)
             if strange := [type(part).__name__ for part in tensors if not torch.is_tensor(part)]:
                 raise InputError(f"inputs must return tensors, not {listed(strange)}")

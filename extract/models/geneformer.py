@@ -7,13 +7,14 @@ from typing import Any, ClassVar
 
 import anndata
 import numpy as np
+import pandas as pd
 import scipy.sparse
 import torch
 import transformers
 
-from extract.cells import Expression, check_values, totals_of
-from extract.checkpoints import dtype_of, load_into, read_json, read_weights, sha256
-from extract.errors import InputError, listed
+from extract.cells import Expression, check_values, in_memory, totals_of
+from extract.checkpoints import dtype_of, filled, read_json, read_weights, sha256
+from extract.errors import InputError, listed, one_line
 from extract.genes import align
 from extract.models.base import EMBEDDING, Edited, Layer, Plan, device_of, only_known, whole_number
 from extract.models.geneformer_tokens import RankSwaps, read_vocabulary
@@ -163,7 +164,7 @@ class Geneformer(SequenceModel):
         )
         if n_counts is None and "n_counts" in adata.obs:
             n_counts = "n_counts"
-        given = None if n_counts is None else _totals(adata, n_counts)
+        given = None if n_counts is None else _totals(in_memory(adata.obs), n_counts)
 
         def counted(
             which: slice | np.ndarray,
@@ -263,7 +264,7 @@ def _read_config(path: Path) -> transformers.BertConfig:
     try:
         return transformers.BertConfig.from_dict(found, attn_implementation="sdpa")
     except Exception as error:  # transformers checks fields by exceptions of its own
-        raise InputError(f"{path} is refused: {error}") from None
+        raise InputError(f"{path} is refused: {one_line(error)}") from None
 
 
 def _build(config: transformers.BertConfig, path: Path) -> tuple[torch.nn.Module, bool]:
@@ -272,15 +273,19 @@ def _build(config: transformers.BertConfig, path: Path) -> tuple[torch.nn.Module
     if not any(name.startswith(("bert.", "cls.")) for name in weights):
         weights = {f"bert.{name}": value for name, value in weights.items()}  # a plain BertModel
     has_head = any(name.startswith("cls.predictions.") for name in weights)
-    try:
-        net = transformers.BertForMaskedLM(config)
-    except Exception as error:  # whatever a wrong size or an unknown activation leads to
-        raise InputError(f"{path.parent / 'config.json'} is refused: {error}") from None
     if has_head:
         _tie(weights, config.tie_word_embeddings)
-    else:
-        net.cls = torch.nn.Identity()
-    load_into(net, weights, path, quiet="bert.embeddings.position_ids")
+
+    def build() -> torch.nn.Module:
+        net = transformers.BertForMaskedLM(config)
+        if not has_head:
+            net.cls = torch.nn.Identity()
+        return net
+
+    net = filled(
+        build, weights, path, path.parent / "config.json", layers=config.num_hidden_layers,
+        quiet="bert.embeddings.position_ids",
+    )  # fmt: skip
     return net.eval(), has_head
 
 
@@ -295,19 +300,19 @@ def _tie(weights: dict[str, torch.Tensor], words: bool) -> None:
             weights.setdefault(there, weights[here])
 
 
-def _totals(adata: anndata.AnnData, column: str) -> np.ndarray:
+def _totals(obs: pd.DataFrame, column: str) -> np.ndarray:
     """Total counts of cells, float64 [cells], as obs[column] has them."""
-    if column not in adata.obs:
-        raise InputError(f"there is no obs['{column}']; obs has {listed(adata.obs.columns, 20)}")
+    if column not in obs:
+        raise InputError(f"there is no obs['{column}']; obs has {listed(obs.columns, 20)}")
     try:
-        totals = np.asarray(adata.obs[column], np.float64)
+        totals = np.asarray(obs[column], np.float64)
     except (TypeError, ValueError):
         raise InputError(f"obs['{column}'] holds no numbers; total counts are wanted") from None
     bad = ~np.isfinite(totals) | (totals < 0)
     if bad.any():
         raise InputError(
             f"obs['{column}'] must hold total counts, but {bad.sum()} cells have NaN, infinite or "
-            f"negative ones ({listed(np.asarray(adata.obs_names)[bad])}); name another column by "
+            f"negative ones ({listed(np.asarray(obs.index)[bad])}); name another column by "
             "n_counts="
         )
     return totals

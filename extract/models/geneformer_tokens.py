@@ -12,7 +12,7 @@ import numpy as np
 import scipy.sparse
 
 from extract.checkpoints import read_json, read_pickle, sha256
-from extract.errors import InputError, listed
+from extract.errors import InputError, listed, reading
 from extract.models.sequences import TokenSwaps
 
 # Each dictionary by the option that names its file, which its file's name contains, too; with the
@@ -311,7 +311,5 @@ def _read(path: Path, kind: Callable[[Any], Any]) -> dict[str, Any]:
     found = read_json(path) if path.suffix == ".json" else read_pickle(path)
     if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
         raise InputError(f"{path} is no dictionary of names")
-    try:
+    with reading(path, "is no dictionary for this use"):
         return {name: kind(value) for name, value in found.items()}
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{path} is no dictionary for this use: {error}") from None

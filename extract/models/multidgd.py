@@ -16,8 +16,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from extract.checkpoints import load_into, read_json, read_weights, sha256
-from extract.errors import InputError, listed
+from extract.checkpoints import filled, read_json, read_weights, sha256
+from extract.errors import InputError, check_file, listed, reading
 from extract.models.base import Edited, Layer, Model, Plan, device_of, only_known, whole_number
 from extract.models.vectors import CHUNK, Vectors, check_latents, edit_all
 
@@ -116,19 +116,22 @@ class MultiDGD(Model):
         json_path = _only(checkpoint, "*_hyperparameters.json")
         obs_path = _only(checkpoint, "*_obs.csv")
         path = checkpoint / f"{json_path.name.removesuffix('_hyperparameters.json')}.pt"
-        settings = _hyperparameters(json_path)
+        with reading(json_path):
+            settings = _hyperparameters(json_path)
+            self.modalities: list[str] = list(settings["modalities"])
+            self.n_features = _features(settings, json_path)
+            self.covariates: list[str] = list(settings.get("correction_variable") or [])
         weights = read_weights(path)
-        self.modalities: list[str] = list(settings["modalities"])
-        self.n_features = _features(settings, json_path)
-        self.covariates: list[str] = list(settings.get("correction_variable") or [])
         self.d_model = settings["latent_dimension"]
         self.genes = self._gene_names(genes)
         self.cells, self._latents, self._covariates = self._representations(weights, path, obs_path)
-        decoder = _Decoder(self.d_model + self._covariates.shape[1], self.n_features, settings)
-        whole = torch.nn.ModuleDict({"decoder": decoder})
+        n_in = self.d_model + self._covariates.shape[1]
         used = {name: weights[name] for name in weights if name.startswith("decoder.")}
-        load_into(whole, used, path)
-        self._decoder = decoder.requires_grad_(False).eval().to(self.device)
+        whole = filled(
+            lambda: torch.nn.ModuleDict({"decoder": _Decoder(n_in, self.n_features, settings)}),
+            used, path, json_path, layers=settings["n_hidden"] + settings["n_hidden_modality"],
+        )  # fmt: skip
+        self._decoder = whole["decoder"].requires_grad_(False).eval().to(self.device)
         self._position = {name: i for i, name in enumerate(self.cells)}
         self.checkpoint = {file.name: sha256(file) for file in (path, json_path, obs_path)}
 
@@ -374,15 +377,14 @@ def _features(settings: Mapping[str, Any], path: Path) -> list[int]:
         features = [switch, total - switch] if total and switch else [total]
     if len(features) != len(settings["modalities"]) or None in features:
         raise InputError(f"{path} does not say how many features each modality has")
-    return [int(n) for n in features]
+    return [whole_number(f"{path}: n_features", n, 1) for n in features]
 
 
 def _obs(path: Path) -> tuple[list[str], np.ndarray]:
     """Names and splits of the cells, in order."""
-    try:
+    check_file(path)
+    with reading(path, "is no table of cells"):
         table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except (ValueError, OSError) as error:
-        raise InputError(f"{path} is no table of cells: {error}") from None
     if "train_val_test" not in table:
         raise InputError(f"{path} has no column train_val_test; it has {listed(table.columns, 9)}")
     names, splits = table.iloc[:, 0], table["train_val_test"].to_numpy(object)

@@ -191,8 +191,10 @@ class ScGPT(SequenceModel):
             if any(key.startswith(part) for key in weights)
         ]  # fmt: skip
         self.outputs = dict.fromkeys(heads, "token")
-        self.network = Network(len(self.vocabulary), self.args, heads)
-        checkpoints.load_into(self.network, weights, path, quiet="cls_decoder.")
+        self.network = checkpoints.filled(
+            lambda: Network(len(self.vocabulary), self.args, heads), weights, path,
+            folder / "args.json", layers=self.n_layers, quiet="cls_decoder.",
+        )  # fmt: skip
         self.network.to(self.device, checkpoints.dtype_of(dtype)).eval().requires_grad_(False)
         self.checkpoint = checkpoints.hashes(folder, ("args.json", "vocab.json", path.name))
 

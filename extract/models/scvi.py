@@ -16,9 +16,9 @@ import numpy as np
 import scipy.sparse
 import torch
 
-from extract.cells import Expression, check_values
-from extract.checkpoints import load_into, read_torch_allowing, sha256
-from extract.errors import InputError, listed
+from extract.cells import Expression, check_values, in_memory
+from extract.checkpoints import filled, read_torch_allowing, sha256
+from extract.errors import InputError, listed, reading
 from extract.genes import align, naming_of
 from extract.models.base import Edited, Layer, Model, Plan, device_of, only_known
 from extract.models.vectors import CHUNK, Encoder, Vectors, VectorSwaps, check_latents, edit_all
@@ -149,29 +149,32 @@ class ScVI(Model):
             raise InputError(f"scvi computes in float32, not {dtype}")
         self.device = device_of(device)
         path = _model_file(checkpoint)
-        found = read_torch_allowing(path, inert=("pandas",))
-        state = _entry(found, path, "model_state_dict")
-        registry, settings = _supported(found, path)
-        self.genes = _gene_names(found, path)
-        self.naming = naming_of(self.genes)
-        batch = _entry(registry, path, "field_registries", "batch", "state_registry")
-        self.batches = [str(name) for name in _entry(batch, path, "categorical_mapping")]
-        arguments = registry.get("setup_args") or {}
-        self.batch_key: str | None = arguments.get("batch_key")
-        self._size_factor: str | None = arguments.get("size_factor_key")
-        self._settings = settings
-        self.d_model = int(settings["n_latent"])
-        # Columns of the one-hot batch beside the latent, and beside the expression. One batch
-        # alone is no information: scvi-tools gives it none.
-        self._n_batch = len(self.batches) if len(self.batches) > 1 else 0
-        self._n_encoded = self._n_batch if settings["encode_covariates"] else 0
-        weights = {
-            name: tensor
-            for name, tensor in state.items()
-            if isinstance(tensor, torch.Tensor) and not name.startswith(_UNUSED)
-        }
-        network = _Network(len(self.genes), self._n_batch, self._n_encoded, settings)
-        load_into(network, weights, path)
+        with reading(path):
+            found = read_torch_allowing(path, inert=("pandas",))
+            state = _entry(found, path, "model_state_dict")
+            registry, settings = _supported(found, path)
+            self.genes = _gene_names(found, path)
+            self.naming = naming_of(self.genes)
+            batch = _entry(registry, path, "field_registries", "batch", "state_registry")
+            self.batches = [str(name) for name in _entry(batch, path, "categorical_mapping")]
+            arguments = registry.get("setup_args") or {}
+            self.batch_key: str | None = arguments.get("batch_key")
+            self._size_factor: str | None = arguments.get("size_factor_key")
+            self._settings = settings
+            self.d_model = int(settings["n_latent"])
+            # Columns of the one-hot batch beside the latent, and beside the expression. One batch
+            # alone is no information: scvi-tools gives it none.
+            self._n_batch = len(self.batches) if len(self.batches) > 1 else 0
+            self._n_encoded = self._n_batch if settings["encode_covariates"] else 0
+            weights = {
+                name: tensor
+                for name, tensor in state.items()
+                if isinstance(tensor, torch.Tensor) and not name.startswith(_UNUSED)
+            }
+            network = filled(
+                lambda: _Network(len(self.genes), self._n_batch, self._n_encoded, settings),
+                weights, path, path, layers=settings["n_layers"],
+            )  # fmt: skip
         self._network = network.requires_grad_(False).eval().to(self.device)
         self._px_r = state.get("px_r")
         self.checkpoint = {path.name: sha256(path)}
@@ -397,8 +400,9 @@ class ScVI(Model):
             raise InputError(f"the model was trained without batches: leave out batch='{column}'")
         needed = column is not None or self._n_encoded > 0
         column = column or self.batch_key
-        if column in adata.obs:
-            return column, self._codes(adata.obs[column], f"obs['{column}']", strict=needed)
+        obs = in_memory(adata.obs)
+        if column in obs:
+            return column, self._codes(obs[column], f"obs['{column}']", strict=needed)
         if needed:
             raise InputError(
                 f"there is no obs['{column}'], and the model wants the batch of each cell "

@@ -1,0 +1,340 @@
+"""Cells in memory, in a file or in a dask array, in blocks of any size: the same results."""
+
+import functools
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from scipy import sparse
+
+from analysis import attribution, cell_sums, cells, chunked, differential, gene_sets, lens, tl
+from analysis.groups import top_n
+from analysis.pseudobulk import donor_test
+from sae_jax import InputError
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Writing zarr v2 data"),
+    pytest.mark.filterwarnings("ignore::anndata.ImplicitModificationWarning"),
+]
+
+N, GENES = 37, 110
+RNG = np.random.default_rng(0)
+COUNTS = RNG.poisson(RNG.gamma(0.6, 1.5, GENES), (N, GENES)).astype(np.float32)
+COUNTS[:, 4] = 0
+COUNTS[7] = 0
+Z = sparse.csr_matrix(RNG.exponential(1, (N, 6)) * (RNG.random((N, 6)) < 0.4))
+HIGH, ACTIVE = top_n(Z, 9)
+NAMES = [f"g{i}" for i in range(GENES)]
+DONORS = np.asarray([f"d{i % 4}" for i in range(N)])
+
+
+def _adata(form: Callable[[np.ndarray], Any] = sparse.csr_matrix) -> anndata.AnnData:
+    obs = pd.DataFrame(
+        {"kind": pd.Categorical(["a", "b"] * 18 + ["a"])}, index=[f"c{i}" for i in range(N)]
+    )
+    adata = anndata.AnnData(form(COUNTS), obs, pd.DataFrame({"symbol": NAMES}, index=NAMES))
+    adata.obsm["X_x"] = np.random.default_rng(1).normal(size=(N, 3)).astype(np.float32)
+    return adata
+
+
+def _dask(form: Callable[[np.ndarray], Any], rows: int) -> anndata.AnnData:
+    array = pytest.importorskip("dask.array")
+    adata = _adata()
+    chunks = array.from_array(COUNTS, chunks=(rows, 60))  # in columns too, which blocks join
+    adata.X = chunks if form is np.asarray else chunks.rechunk({1: -1}).map_blocks(form)
+    return adata
+
+
+def _lazy(path: Path) -> anndata.AnnData:
+    pytest.importorskip("dask.array")
+    pytest.importorskip("xarray")
+    return anndata.experimental.read_lazy(path)
+
+
+def _stored(path: Path, form: Callable[[np.ndarray], Any]) -> Path:
+    (_adata(form).write_zarr if path.suffix == ".zarr" else _adata(form).write_h5ad)(path)
+    return path
+
+
+WAYS: dict[str, Callable[[Path], Any]] = {
+    "csr": lambda _: _adata(),
+    "csc": lambda _: _adata(sparse.csc_matrix),
+    "dense": lambda _: _adata(np.asarray),
+    "backed csr": lambda at: anndata.read_h5ad(_stored(at / "a.h5ad", sparse.csr_matrix), "r"),
+    "backed dense": lambda at: anndata.read_h5ad(_stored(at / "a.h5ad", np.asarray), "r"),
+    "zarr csr": lambda at: _stored(at / "a.zarr", sparse.csr_matrix),
+    "zarr dense": lambda at: _stored(at / "a.zarr", np.asarray),
+    "lazy h5ad": lambda at: _lazy(_stored(at / "a.h5ad", sparse.csr_matrix)),
+    "lazy zarr": lambda at: _lazy(_stored(at / "a.zarr", sparse.csr_matrix)),
+    "lazy dense": lambda at: _lazy(_stored(at / "a.zarr", np.asarray)),
+    "dask dense": lambda _: _dask(np.asarray, 5),
+    "dask csr": lambda _: _dask(sparse.csr_matrix, 5),
+    "dask csr array": lambda _: _dask(sparse.csr_array, N),
+}  # fmt: skip
+
+
+@functools.cache
+def _expected() -> tuple[cells.Expression, differential.Welch]:
+    whole = cells.expression(_adata(), "X", "counts")
+    return whole, differential.welch(whole.x, HIGH, active=ACTIVE)
+
+
+def _same(found: list[differential.Welch], expected: differential.Welch) -> None:
+    for name in ("t", "df", "p", "log2_fold_change", "var_low", "detected_high", "n_low"):
+        values = np.concatenate([getattr(part, name) for part in found])
+        np.testing.assert_array_equal(values, getattr(expected, name), err_msg=name)
+
+
+@pytest.mark.parametrize("rows", [1, 7, None])
+@pytest.mark.parametrize("way", WAYS)
+def test_wherever_cells_are_the_tests_are_the_same_to_the_bit(
+    way: str, rows: int | None, tmp_path: Path
+) -> None:
+    whole, expected = _expected()
+    found = cells.parts(WAYS[way](tmp_path), "X", "counts", rows=rows)
+    if "dask" not in way and "lazy" not in way:
+        assert len(found.x.cuts) - 1 == {1: 37, 7: 6, None: 1}[rows]
+    np.testing.assert_array_equal(sparse.vstack(list(found())).toarray(), whole.x.toarray())
+    assert [*found.genes] == [*whole.genes]
+    _same(list(differential.welch_streamed(found, HIGH, active=ACTIVE)), expected)
+    by_low = differential.welch(whole.x, HIGH, low=ACTIVE.toarray() == 0)
+    _same(list(differential.welch_streamed(found, HIGH, low=ACTIVE.toarray() == 0)), by_low)
+
+
+@pytest.mark.parametrize("way", ["backed csr", "lazy zarr", "dask dense"])
+def test_donors_are_tested_the_same(way: str, tmp_path: Path) -> None:
+    expected = donor_test(
+        sparse.csr_matrix(COUNTS), HIGH, ACTIVE.toarray() == 0, DONORS, scale="counts", min_cells=1
+    )
+    adata = WAYS[way](tmp_path)
+    for memory_bytes in (1 << 30, 250_000):
+        found = donor_test(
+            chunked.chunked(adata.X, memory_bytes=120_000, rows=5), HIGH, ACTIVE.toarray() == 0,
+            DONORS, scale="counts", min_cells=1, memory_bytes=memory_bytes,
+        )  # fmt: skip
+        for name in ("t", "p", "mean_difference", "log2_fold_change", "n_donors"):
+            np.testing.assert_allclose(
+                getattr(found, name), getattr(expected, name), rtol=1e-12, atol=1e-13
+            )
+    log = cells.parts(adata, "X", "counts", rows=3).x
+    found = donor_test(log, HIGH, ACTIVE.toarray() == 0, DONORS, scale="log1p", min_cells=1)
+    whole = _expected()[0].x
+    expected = donor_test(whole, HIGH, ACTIVE.toarray() == 0, DONORS, scale="log1p", min_cells=1)
+    np.testing.assert_allclose(found.t, expected.t, rtol=1e-10)
+
+
+def _sets() -> gene_sets.GeneSets:
+    measured = len(_expected()[0].genes)
+    member = sparse.csr_array(np.random.default_rng(2).random((12, measured)) < 0.2, dtype=float)
+    names = [f"T{i}" for i in range(12)]
+    return gene_sets.GeneSets(names, member, names, "all")
+
+
+@pytest.mark.parametrize("way", ["backed csr", "lazy zarr"])
+def test_the_lens_is_the_same_in_one_pass_and_in_many(way: str, tmp_path: Path) -> None:
+    rule = lens.Rule(percentile=70, cells=3)
+    keys = {"null_features": 30, "bins": 2, "block": 4, "top_genes": 5, "progress": False}
+    whole = cells.expression(_adata(), "X", "counts")
+    expected, known = lens.annotate(Z, whole, _sets(), rule, **keys)
+    adata = WAYS[way](tmp_path)
+    for memory_bytes in (1 << 30, 4_000_000):
+        blocks = cells.expression(adata, "X", "counts", memory_bytes=1_500_000)
+        assert isinstance(blocks, cells.Parts)
+        found, again = lens.annotate(
+            Z, blocks, _sets(), rule, memory_bytes=memory_bytes, workers=2, **keys
+        )
+        for test in expected.log_p:
+            np.testing.assert_array_equal(found.log_p[test], expected.log_p[test])
+        pd.testing.assert_frame_equal(found.top, expected.top)
+        np.testing.assert_array_equal(again["change"].mean, known["change"].mean)
+    np.testing.assert_array_equal(blocks.means, whole.means)
+
+
+class Sums:
+    """A dictionary and a model in one: embeds cells by two sums of their genes."""
+
+    def embed(self, adata: anndata.AnnData) -> np.ndarray:
+        x = np.asarray(adata.X.todense()) if sparse.issparse(adata.X) else adata.X
+        return np.log1p(np.stack([x[:, :50].sum(1), x[:, 50:].sum(1)], 1)).astype(np.float32)
+
+    def encode(self, x: np.ndarray, sparse: bool = False) -> np.ndarray:
+        return np.maximum(x - np.median(x, axis=0) if len(x) == N else x - MEDIAN, 0)
+
+
+MEDIAN = np.median(Sums().embed(_adata()), axis=0)
+
+
+@pytest.mark.parametrize("way", ["backed csr", "backed dense", "lazy h5ad", "dask csr"])
+def test_attribution_reads_the_cells_it_needs(
+    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("analysis.perturbed.CELLS", 10)
+    both = Sums()
+    expected = attribution.attribute(both, both, _adata(), prototypes=3, progress=False)
+    found = attribution.attribute(both, both, WAYS[way](tmp_path), prototypes=3, progress=False)
+    np.testing.assert_array_equal(found.scores, expected.scores)
+    assert np.abs(found.scores).max() > 0
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(st.integers(0, 9), max_size=8), st.integers(0, 2**31))
+def test_sums_of_blocks_are_those_of_all_cells_wherever_they_are_cut(
+    sizes: list[int], seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    n = sum(sizes)
+    # Of many sizes: sums of them depend on the order.
+    counts = rng.poisson(0.7, (n, 5)) * 10 ** rng.uniform(-7, 2, (n, 5))
+    x = sparse.csr_matrix(np.log1p(counts).astype(np.float32))
+    active = rng.random((3, n)) < 0.5
+    high = sparse.csc_array(active & (rng.random((3, n)) < 0.5))
+    work = cell_sums.GroupWork(high, sparse.csc_array(active), True, 5).and_all()
+    states = []
+    in_order = work.start()
+    stops = np.cumsum(sizes, dtype=int)
+    for start, stop in zip(stops - sizes, stops, strict=True):
+        rows = slice(int(start), int(stop))
+        in_order = work.part(rows).add(in_order, x[rows])
+        states.append(work.part(rows).add(work.start(), x[rows]))
+    whole = work.add(work.start(), x)
+    np.testing.assert_array_equal(in_order.tables, whole.tables)
+    np.testing.assert_array_equal(in_order.n, whole.n)
+    merged = functools.reduce(lambda a, b: a.plus(b), states, work.start())
+    np.testing.assert_allclose(merged.tables, whole.tables, rtol=1e-12)
+    dense = x.toarray().astype(np.float64)
+    np.testing.assert_allclose(whole.tables[1, :3, 0], active @ dense, rtol=1e-12)
+    np.testing.assert_allclose(whole.tables[0, :3, 1], high @ dense**2, rtol=1e-12)
+    np.testing.assert_allclose(whole.tables[1, 3, 2], np.expm1(dense).sum(axis=0), rtol=1e-6)
+    np.testing.assert_array_equal(whole.tables[0, :3, 3], high @ np.sign(dense))
+
+
+def test_a_cluster_adds_up_where_the_cells_are(tmp_path: Path) -> None:
+    distributed = pytest.importorskip("distributed")
+    path = _stored(tmp_path / "a.zarr", sparse.csr_matrix)
+    _, expected = _expected()
+    found = []
+    for workers in (1, 3):
+        with (
+            distributed.LocalCluster(
+                workers, 1, processes=False, dashboard_address=None
+            ) as cluster,
+            distributed.Client(cluster) as client,
+        ):
+            for adata in (_lazy(path), _dask(sparse.csr_matrix, 2)):
+                persisted = adata.X.persist() if adata.X.npartitions > 1 else adata.X
+                adata.X = persisted
+                blocks = cells.parts(adata, "X", "counts")
+                assert client.get_versions()
+                found.append(list(differential.welch_streamed(blocks, HIGH, active=ACTIVE)))
+    found = [np.concatenate([part.t for part in parts]) for parts in found]
+    for t in found:
+        np.testing.assert_allclose(t, expected.t, rtol=1e-9)
+    for one, three in zip(found[:2], found[2:], strict=True):  # of one worker and of three
+        np.testing.assert_array_equal(one, three)
+
+
+def test_what_dask_holds_is_not_written_into() -> None:
+    """A part that a lost worker had is made again, of the same sums as before."""
+    work = cell_sums.GroupWork(HIGH.tocsc(), ACTIVE.tocsc(), True, GENES)
+    x = _adata().X.log1p()
+    once = chunked._added(work, None, x, chunked.as_csr, 1 << 30)
+    before = once.tables.copy()
+    twice = chunked._added(work, once, x, chunked.as_csr, 1 << 30)
+    np.testing.assert_array_equal(once.tables, before)
+    np.testing.assert_allclose(twice.tables, 2 * before, rtol=1e-12)
+
+
+def _peak(n: int, folder: Path) -> tuple[int, int]:
+    """Bytes at most of a DGE of n cells in a file, measured; and those stated."""
+    rng = np.random.default_rng(0)
+    x = sparse.random_array((n, 200), density=0.5, format="csr", dtype=np.float32, rng=rng)
+    x.data = np.ceil(x.data * 5)
+    names = pd.DataFrame(index=np.arange(n).astype(str))
+    anndata.AnnData(sparse.csr_matrix(x), names).write_h5ad(folder / f"{n}.h5ad")
+    backed = anndata.read_h5ad(folder / f"{n}.h5ad", "r")
+    cell = rng.integers(0, n, (40, 60))
+    active = sparse.csr_array((np.ones(2400, bool), (np.repeat(np.arange(40), 60), cell.ravel())))
+    active.resize(40, n)
+    high = sparse.csr_array(active.toarray() & (rng.random((40, n)) < 0.5))
+    del x
+    tracemalloc.start()
+    try:
+        blocks = cells.parts(backed, "X", "counts", memory_bytes=1 << 18)
+        before = tracemalloc.get_traced_memory()[0]
+        tracemalloc.reset_peak()
+        tests = differential.welch_streamed(blocks, high, active=active, memory_bytes=MEMORY)
+        assert sum(len(part.t) for part in tests) == 40
+        peak = tracemalloc.get_traced_memory()[1] - before
+    finally:
+        tracemalloc.stop()
+    assert len(blocks.x.cuts) > 10
+    return peak, differential.Passes.of(blocks.x, 40, MEMORY).bytes
+
+
+MEMORY = 3 << 20
+
+
+def test_memory_is_what_was_stated_and_does_not_grow_with_the_cells(tmp_path: Path) -> None:
+    _peak(500, tmp_path)  # compiles
+    some, stated = _peak(1500, tmp_path)
+    twice, again = _peak(3000, tmp_path)
+    assert some <= stated <= MEMORY
+    assert twice <= again <= MEMORY
+    assert twice - some <= 100 * 1500  # a cell has a place in masks; its genes take 6,400 bytes
+
+
+def test_what_memory_cannot_hold_is_refused_before_any_work(tmp_path: Path) -> None:
+    backed = WAYS["backed csr"](tmp_path)
+    with pytest.raises(InputError, match="a row of X takes up to"):
+        cells.parts(backed, "X", "counts", memory_bytes=1000)
+    blocks = cells.parts(backed, "X", "counts", memory_bytes=20_000)
+    assert blocks.x.block_bytes <= 20_000
+    assert len(blocks.x.cuts) > 5
+    with pytest.raises(InputError, match=r"needs .* of memory for one feature"):
+        list(differential.welch_streamed(blocks, HIGH, active=ACTIVE, memory_bytes=30_000))
+    with pytest.raises(InputError, match=r"110 genes need .* of memory for one feature"):
+        donor_test(
+            chunked.chunked(backed.X), HIGH, ACTIVE.toarray() == 0, DONORS, scale="counts",
+            memory_bytes=1000,
+        )  # fmt: skip
+    with pytest.raises(InputError, match="reads as a whole"):
+        cells.parts(backed[:5], "X", "counts")
+    with pytest.raises(InputError, match=r"stored by genes \(CSC\)"):
+        chunked.chunked(anndata.read_h5ad(_stored(tmp_path / "b.h5ad", sparse.csc_matrix), "r").X)
+    with pytest.raises(InputError, match="holds <U1"):
+        chunked.chunked(np.asarray([["a"]]))
+
+
+def test_a_chunk_that_is_too_large_is_refused() -> None:
+    dense, rows = _dask(np.asarray, 20).X, _dask(sparse.csr_matrix, 20).X
+    with pytest.raises(InputError, match="a chunk of X has 20 rows"):
+        chunked.chunked(dense, memory_bytes=50_000)
+    found = chunked.chunked(rows, memory_bytes=20_000)
+    with pytest.raises(InputError, match="a chunk of 20 rows holds"):
+        list(found)
+
+
+@pytest.mark.parametrize("way", ["backed csr", "lazy zarr"])
+def test_tools_work_on_cells_that_stay_where_they_are(way: str, tmp_path: Path) -> None:
+    class Coder:
+        def encode(self, x: np.ndarray, sparse: bool = False) -> Any:
+            return np.maximum(x, 0)
+
+    results = []
+    for adata in (_adata(), WAYS[way](tmp_path)):
+        tl.encode(adata, Coder(), "X_x")
+        table = tl.characterise(adata, "kind")
+        tl.annotate(
+            adata, _sets(), expression_is="counts", null_features=30, bins=2, progress=False,
+            rule=lens.Rule(percentile=70, cells=3),
+        )  # fmt: skip
+        results.append((table, tl.features(adata).var))
+    pd.testing.assert_frame_equal(results[0][0], results[1][0])
+    pd.testing.assert_frame_equal(results[0][1], results[1][1])
