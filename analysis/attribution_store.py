@@ -11,12 +11,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from scipy import sparse
 
 from analysis.counterfactuals import Pairs
 from analysis.perturbed import Coder, Embedder, Perturbed
-from sae_jax import Dictionary, files
+from sae_jax import Dictionary, files, manifest
 from sae_jax.errors import InputError
+from sae_jax.reading import read_object
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +55,8 @@ class Part:
 
 
 class Store:
-    """A folder with attribution.json, which says what the scores are of, and a file a block.
+    """A folder with attribution.json, which says what the scores are of, a file a block, and a
+    manifest that grows with them.
 
     Raises:
         InputError: the folder holds other files, or blocks of something else.
@@ -63,7 +66,7 @@ class Store:
         self._folder = Path(folder)
         path = self._folder / "attribution.json"
         if path.exists():
-            before = json.loads(path.read_text())
+            before = read_object(path, "; give a new folder.")
             if other := [name for name in settings if before.get(name) != settings[name]]:
                 raise InputError(
                     f"{folder} holds an attribution of other {', '.join(other)}: give the same "
@@ -74,10 +77,15 @@ class Store:
         else:
             files.write_json(path, dict(settings))
         files.remove_leftovers(self._folder)
+        if manifest.differs(self._folder, path.name):  # begun just now, or killed then
+            manifest.add(self._folder, path.name)
 
     def load(self, number: int) -> Part | None:
-        """A block, if it is there."""
+        """A block, if it is there and, byte for byte, what was saved."""
         if not (path := self._path(number)).exists():
+            return None
+        if (told := manifest.differs(self._folder, path.name)) is not None:
+            logging.warning("%s: %s; it is computed again", self._folder, told)
             return None
         with np.load(path) as stored:
             samples = None
@@ -92,8 +100,10 @@ class Store:
         if (samples := part.samples) is not None:
             arrays |= {"data": samples.data, "indices": samples.indices}
             arrays |= {"indptr": samples.indptr, "shape": samples.shape}
-        with files.write_aside(self._path(number)) as fresh:
+        path = self._path(number)
+        with files.write_aside(path) as fresh:
             np.savez(fresh, **arrays)
+        manifest.add(self._folder, path.name)
 
     def _path(self, number: int) -> Path:
         return self._folder / f"block_{number:05}.npz"

@@ -20,10 +20,12 @@ import numpy as np
 import pandas as pd
 
 from sae_jax.errors import InputError
+from sae_jax.reading import reading
 
 NAMINGS = ("symbol", "ensembl", "entrez")
 ENSEMBL = re.compile(r"ENS[A-Z]*G\d{11}(\.\d+)?")
 HUMAN = 9606
+LARGEST_TEXT = 2**30  # bytes, unpacked
 
 # How a name was understood, in the order in which one name of a gene is preferred to another.
 CURRENT, SYNONYM, AMBIGUOUS, UNKNOWN = "current", "synonym", "ambiguous", "unknown"
@@ -190,9 +192,10 @@ def read(path: str | Path, taxon: int = HUMAN) -> GeneTable:
         raise InputError(f"{path} is not NCBI's gene_info: its first line lacks {missing}.")
     # A gene may be called NA or NaN; a name may begin with a quotation mark.
     columns = [*_COLUMNS, *({_AUTHORITY} & set(head))]
-    table = pd.read_csv(
-        io.StringIO(text), sep="\t", usecols=columns, dtype=str, na_filter=False, quoting=3
-    )
+    with reading(path):
+        table = pd.read_csv(
+            io.StringIO(text), sep="\t", usecols=columns, dtype=str, na_filter=False, quoting=3
+        )
     ours = table[table["#tax_id"] == str(taxon)]
     if ours.empty:
         found = ", ".join(f"{k} ({n} genes)" for k, n in table["#tax_id"].value_counts().items())
@@ -231,15 +234,22 @@ def read_text(path: str | Path, what: str, form: str) -> str:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"there is no {what} file {path}: check the path.")
-    content = path.read_bytes()
+    with path.open("rb") as file:
+        packed = file.read(2) == b"\x1f\x8b"
     try:
-        if content[:2] == b"\x1f\x8b":
-            content = gzip.decompress(content)
-        text = content.decode("utf-8-sig")
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise InputError(f"{path} is a damaged gzip file ({error}): fetch it again.") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not a text file: give {form}.") from error
+        with reading(path), gzip.open(path) if packed else path.open("rb") as file:
+            parts = iter(lambda: file.read(2**24), b"")
+            content = b"".join(islice(parts, LARGEST_TEXT // 2**24 + 1))
+            text = content.decode("utf-8-sig")
+    except InputError as error:
+        cause = error.__cause__
+        if isinstance(cause, EOFError | gzip.BadGzipFile | zlib.error):
+            raise InputError(f"{path} is a damaged gzip file ({cause}): fetch it again.") from None
+        if isinstance(cause, UnicodeDecodeError):
+            raise InputError(f"{path} is not a text file: give {form}.") from None
+        raise
+    if len(content) > LARGEST_TEXT:
+        raise InputError(f"{path} holds more than 1 GiB of text: give {form}, of one species.")
     if "\0" in text:
         raise InputError(f"{path} is not a text file: give {form}.")
     return text.replace("\r\n", "\n").replace("\r", "\n")

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from analysis.gene_names import read_text
 from sae_jax.errors import InputError
+from sae_jax.reading import reading
 
 # Evidence from experiments, of small and of high throughput.
 EXPERIMENTAL = frozenset(
@@ -116,10 +117,8 @@ def read_obo(path: str | Path, relations: Collection[str] = RELATIONS) -> Ontolo
     import obonet
 
     text = read_text(path, "ontology", "an ontology in OBO format")
-    try:
+    with reading(path, "is not an ontology in OBO format"):
         graph = obonet.read_obo(io.StringIO(text))
-    except (KeyError, ValueError) as error:
-        raise InputError(f"{path} is not an ontology in OBO format: {str(error)[:90]}") from error
     terms = {term: data for term, data in graph.nodes(data=True) if "name" in data}
     if not terms:
         raise InputError(f"{path} holds no terms: is it an ontology in OBO format, and complete?")
@@ -284,7 +283,7 @@ def read_table(path: str | Path, columns: list[str]) -> pd.DataFrame:
     found = columns_of(path)
     if missing := [name for name in columns if name not in found]:
         raise InputError(f"{path} has no column {' or '.join(missing)}, but {found[:8]}.")
-    try:
+    with reading(path, "cannot be read as a table"):
         if _is_parquet(path):
             table = pd.read_parquet(path, columns=columns)
             table = table.astype(object).where(table.notna(), "").astype(str)
@@ -292,8 +291,6 @@ def read_table(path: str | Path, columns: list[str]) -> pd.DataFrame:
             # A gene may be called NA or NaN.
             text = io.StringIO(_text(path))
             table = pd.read_csv(text, sep=_separator(path), dtype=str, na_filter=False)[columns]
-    except ValueError as error:  # of pandas and of pyarrow
-        raise InputError(f"{path} cannot be read as a table: {str(error)[:90]}") from error
     if table.empty:
         raise InputError(f"{path} has no rows: is it the right file, and complete?")
     table = table.apply(lambda column: column.str.strip())
@@ -312,10 +309,8 @@ def columns_of(path: str | Path) -> list[str]:
         return next(csv.reader([_text(path).partition("\n")[0]], delimiter=_separator(path)), [])
     if not Path(path).is_file():
         raise InputError(f"there is no gene set file {path}: check the path.")
-    try:
+    with reading(path, "is not a parquet file"):
         return pq.read_schema(path).names
-    except ValueError as error:
-        raise InputError(f"{path} is not a parquet file: {str(error)[:90]}") from error
 
 
 def is_closure(columns: Collection[str]) -> bool:

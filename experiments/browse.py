@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 
 from absl import flags, logging
 
-from experiments import cli
+from experiments import cli, verify
 from sae_jax import InputError, files
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ def define_flags() -> None:
     flags.DEFINE_list("raters", None, "Names of those who answer.")
     flags.DEFINE_list("panels", None, "What an item shows; default: all that it may.")
     flags.DEFINE_integer("seed", 0, "Of the draw.", 0)
+    verify.define_flag()
 
 
 def main(folders: list[str]) -> None:
@@ -69,6 +70,7 @@ def main(folders: list[str]) -> None:
     paths = [Path(folder) for folder in folders]
     if missing := [path for path in paths if not path.is_dir()]:
         raise InputError(f"{missing[0]} is no folder")
+    verify.inputs(*paths)
     if FLAGS.export:
         check_export(Path(FLAGS.export))
     state = safety.check_state(Path(FLAGS.state) if FLAGS.state else default_state(paths[0]))

@@ -76,7 +76,7 @@ def read() -> Inputs:
         cell_flags = FLAGS.get_flags_for_module(FLAGS.find_module_defining_flag("h5ad"))
         settings |= {flag.name: flag.value for flag in cell_flags}
         if FLAGS.stores:
-            layers = cell_type_layers.find(FLAGS.stores, FLAGS.layers)
+            layers = cell_type_layers.find(FLAGS.stores, FLAGS.layers, FLAGS.verify)
             names = cell_type_layers.cell_names(layers)
             settings["identities"] = {
                 str(part.path): part.extraction["identity"]

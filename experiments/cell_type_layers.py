@@ -16,6 +16,7 @@ import pandas as pd
 from scipy import sparse
 
 from extract import store
+from extract.manifest import Level
 from sae_jax import InputError, data
 
 ROWS = 8192  # tokens read and encoded at a time
@@ -87,8 +88,12 @@ class Found:
     tokens: store.Store | None
 
 
-def find(folders: Sequence[str], wanted: Sequence[str] | None) -> list[Found]:
+def find(
+    folders: Sequence[str], wanted: Sequence[str] | None, level: Level = "size"
+) -> list[Found]:
     """The layers of all stores in folders, in order of their names; `wanted` of them, if given.
+
+    level: how the stores' files are checked, as `extract.store.open` does.
 
     Raises:
       InputError: no stores, two of one layer and kind, damaged ones, or a layer that is not there.
@@ -96,7 +101,7 @@ def find(folders: Sequence[str], wanted: Sequence[str] | None) -> list[Found]:
     there: dict[str, dict[str, store.Store]] = {}
     for folder in folders:
         for path in sorted(Path(folder).glob("*.zarr")):
-            opened = store.open(path)
+            opened = store.open(path, level)
             kind = "tokens" if opened.extraction["pooling"] == "tokens" else "cells"
             if kind in there.setdefault(path.stem, {}):
                 raise InputError(

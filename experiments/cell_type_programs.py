@@ -56,7 +56,7 @@ from experiments import (
 from experiments.cell_type_features import Cells, Study, study
 from experiments.cell_type_inputs import Inputs
 from experiments.cell_type_layers import Layer
-from sae_jax import InputError, files, workdir
+from sae_jax import InputError, files
 
 FLAGS = flags.FLAGS
 
@@ -77,6 +77,7 @@ FILES = {
     "figures": "reduction, layers, types, marker_sets, cells, ...: PNG and PDF",
     "training": "of every layer and kind of rows what a sweep leaves: dictionaries, metrics",
     "extraction": "the stores, where they were extracted here",
+    "manifest.json": "size and SHA-256 of every file",
 }
 STUDIED = ("features", "labels", "markers", "sets", "genes", "tokens", "summary")  # parquet files
 WAYS = {"cells": "cells", "mean": "tokens", "pooled": "tokens"}  # and the rows trained on
@@ -129,9 +130,7 @@ def main() -> None:
     inputs = cell_type_inputs.read()
     for layer in inputs.layers:
         ways_of(layer)
-    with workdir.locked(out):
-        folders.claim(out, SETTINGS, inputs.settings, (*FILES, "studied"), SHOWN)
-
+    with folders.filled(out, SETTINGS, inputs.settings, (*FILES, "studied"), SHOWN):
         # 2. The layers.
         found = inputs.layers
         if FLAGS.checkpoint:
@@ -334,7 +333,8 @@ def study_layer(layer: Layer, way: str, run: sae_jax.Run, inputs: Cells, out: Pa
         fresh.mkdir()
         for name, tables in parts.items():
             if tables:
-                pd.concat(tables, ignore_index=True).to_parquet(fresh / f"{name}.parquet")
+                whole = pd.concat(tables, ignore_index=True)
+                files.write_parquet(fresh / f"{name}.parquet", whole)
     logging.info("%s, %s: studied in %.0f s", layer.name, way, time.perf_counter() - began)
 
 
@@ -356,7 +356,7 @@ def gather(out: Path, ways: Sequence[tuple[str, str]]) -> dict[str, pd.DataFrame
     tables = {}
     for name in STUDIED:
         paths = [out / "studied" / layer / way / f"{name}.parquet" for layer, way in ways]
-        there = [pd.read_parquet(path) for path in paths if path.exists()]
+        there = [files.read_parquet(path) for path in paths if path.exists()]
         if there:
             tables[name] = pd.concat(there, ignore_index=True)
     return tables

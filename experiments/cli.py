@@ -6,16 +6,16 @@ imported: absl has one set of them a process, where two programs cannot both def
 """
 
 import ctypes
-import errno
 import importlib
 import logging as python_logging
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from absl import app, flags, logging
 
 from extract.errors import InputError as ExtractionError
-from sae_jax import InputError
+from sae_jax import InputError, disk
 
 PROGRAMS = {
     "quickstart": "cells and an embedding in; named features, tables, figures and a report out",
@@ -27,6 +27,8 @@ PROGRAMS = {
     "concepts": "cells and a model in; concepts, their genes, terms, stability and use out",
     "sweep": "an embedding in; a dictionary per configuration, their metrics and frontier out",
     "merge": "the shards of a sweep in; one run out, or the commands of those that are missing",
+    "launch": "one of these as several processes, on one machine or many; who is lost is named",
+    "verify": "folders that any of these left in; whether every byte is as it was, out",
     "browse": "folders of the lens or of concepts in; pages to explore them, or an expert study",
 }
 MODULES = {  # whose names differ
@@ -57,7 +59,8 @@ def launch(
     argv: Sequence[str] | None = None,
     arguments: str | None = None,
 ) -> None:
-    """Run an absl program: plain log lines, all CPU cores, and bad input as one line and exit 2.
+    """Run an absl program: plain log lines, all CPU cores, and one line for bad input (exit
+    2) and for a disk that is full, read-only or gone (exit 1).
 
     arguments: what the program takes beside flags, if anything; it is called with the list.
     """
@@ -92,19 +95,33 @@ def launch(
                 program(list(given[1:]))
         except (InputError, ExtractionError) as error:
             print(f"error: {error}", file=sys.stderr)
+            _leave(2)
             sys.exit(2)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise
-            where = error.filename or "the folder that is being filled"
-            again = "give the same command again (with --resume, where there is one)"
-            print(f"error: {where}: {error.strerror}; make room and {again}", file=sys.stderr)
-            sys.exit(1)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             sys.exit(130)
+        except Exception as error:  # of a full disk each library makes another kind
+            if (told := disk.message(error, _filled())) is None:
+                _leave(1, trace=True)
+                raise
+            print(f"error: {told}", file=sys.stderr)
+            _leave(1)
+            sys.exit(1)
 
     app.run(run, argv=None if argv is None else list(argv), flags_parser=parse)
+
+
+def _leave(status: int, trace: bool = False) -> None:
+    """Of several processes: without waiting for the others."""
+    if "sae_jax.distributed" in sys.modules:
+        sys.modules["sae_jax.distributed"].leave(status, trace)
+
+
+def _filled() -> Path:
+    """The folder that the program writes to, as far as it is told by a flag."""
+    given = flags.FLAGS.flag_values_dict()
+    named = (given.get(name) for name in ("workdir", "output", "export", "state"))
+    return Path(next(filter(None, named), "."))
 
 
 def _prepare_jax() -> None:

@@ -40,10 +40,11 @@ from experiments import (
     folders,
     replicates,
     run_folder,
+    verify,
 )
 from experiments import concepts_study as study
 from experiments import inputs as reading
-from sae_jax import InputError, workdir
+from sae_jax import InputError
 
 FLAGS = flags.FLAGS
 
@@ -73,6 +74,7 @@ FILES = {
     "dictionary": "the one studied; --dictionary of other programs takes it",
     "sweep": "all dictionaries, a folder of sae_jax.train",
     "scvi": "the model trained here, as scvi-tools saves it",
+    "manifest.json": "size and SHA-256 of every file",
 }
 KEPT = ("embedding.npy", "attribution", run_folder.MAP)
 
@@ -118,6 +120,7 @@ def define_flags() -> None:
     flags.DEFINE_bool("overwrite", False, "Replace what an earlier run left in --workdir.")
     flags.DEFINE_bool("resume", False, "Continue an earlier run in --workdir.")
     reading.define_set_flags()
+    verify.define_flag()
 
 
 def main() -> None:
@@ -137,9 +140,7 @@ def main() -> None:
     probes.split(labels.iloc[:, 0], *per_class, seed=FLAGS.seed)
     source = concepts_inputs.source(adata)
     settings = settings_of_flags()
-    with workdir.locked(out):
-        folders.claim(out, SETTINGS, settings, (*FILES, *KEPT), ("follow",))
-
+    with folders.filled(out, SETTINGS, settings, (*FILES, *KEPT), ("follow",)):
         # 2. The model and its embedding; dictionaries of it.
         subject = concepts_inputs.subject(adata, labels, symbols, source, out)
         chosen = study.configs(
@@ -198,13 +199,14 @@ def whole_numbers(flag: str, least: int = 1) -> list[int]:
 
 
 def settings_of_flags() -> dict[str, Any]:
-    """What the results depend on: every flag, and the contents of files."""
+    """What the results depend on: flags, and the contents of files."""
     mine = FLAGS.find_module_defining_flag("permutations")
     sets = FLAGS.find_module_defining_flag("gene_sets")
     settings = {
         flag.name: flag.value
         for module in dict.fromkeys((mine, sets))
         for flag in FLAGS.get_flags_for_module(module)
+        if flag.name not in folders.IGNORED
     }
     files_of = ("h5ad", "embedding", "checkpoint", "dictionaries", "gene_sets", "gene_table")
     paths = [FLAGS[name].value for name in files_of]

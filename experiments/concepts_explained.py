@@ -172,7 +172,7 @@ def attribution_kept(
         tables = study.attributed(subject, groups, out / "attribution", **samples())
         for path, table in zip(paths, tables, strict=True):
             run_folder.write_by_feature(path, table)
-    return pd.read_parquet(paths[0])
+    return files.read_parquet(paths[0])
 
 
 def describe_genes(

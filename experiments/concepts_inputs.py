@@ -100,7 +100,7 @@ def _loaded(name: str, folder: str) -> Any:
 
 def _of_store(adata: anndata.AnnData) -> Source:
     """The rows that an extraction store has of the cells, and its model if that is there."""
-    found = store.open(FLAGS.embedding)
+    found = store.open(FLAGS.embedding, FLAGS.verify)
     about = found.extraction
     for flag, theirs in (("model", about["model"]), ("counts", about["counts"])):
         if (mine := FLAGS[flag].value) is not None and mine != theirs:

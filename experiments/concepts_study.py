@@ -83,7 +83,7 @@ def kept(path: Path, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
             run_folder.write_by_feature(path, table)
         else:
             files.write_parquet(path, table)
-    return pd.read_parquet(path)
+    return files.read_parquet(path)
 
 
 def write_csv(table: pd.DataFrame, path: Path) -> None:

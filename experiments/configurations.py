@@ -10,7 +10,7 @@ one.
 """
 
 import dataclasses
-import json
+import math
 import runpy
 import types
 import typing
@@ -22,10 +22,14 @@ from absl import flags, logging
 
 import sae_jax
 from sae_jax import InputError, SAEConfig
+from sae_jax.errors import MOST, brief
+from sae_jax.reading import check_file, read_json, reading
 
 FLAGS = flags.FLAGS
 
 SCALARS = (int, float, str, bool)
+MOST_CONFIGS = 10**6
+LARGEST_YAML = 2**20  # characters; PyYAML takes a second for some 10^5
 
 
 def axis_types() -> dict[str, tuple[type, ...]]:
@@ -134,9 +138,12 @@ def configs_from_file(path: Path, d_in: int) -> list[SAEConfig]:
                 unknown = sorted(set(axes) - set(axis_types()) - {"d_in", "seed"})
                 if unknown:
                     raise InputError(f"there is no axis {', '.join(unknown)}")
+                several = [len(values) for values in axes.values() if isinstance(values, list)]
+                if math.prod(several) > MOST_CONFIGS:
+                    raise InputError(f"it asks for {math.prod(several):,} configurations")
                 configs += sae_jax.grid(preset, **{"d_in": d_in, **axes})
-    except InputError as error:
-        raise InputError(f"{path}{where}: {error}") from None
+    except Exception as error:  # a value may be anything
+        raise InputError(f"{path}{where}: {brief(error, MOST)}") from None
     if not configs:
         raise InputError(f"{path} holds no configurations")
     for config in configs:
@@ -150,21 +157,18 @@ def configs_from_file(path: Path, d_in: int) -> list[SAEConfig]:
 def _parsed(path: Path) -> Any:
     """What a JSON or YAML file holds."""
     if path.suffix not in (".yaml", ".yml"):
-        try:
-            return json.loads(path.read_text())
-        except (OSError, ValueError, RecursionError) as error:
-            raise InputError(f"--config: {path} cannot be read as JSON: {error}") from None
+        return read_json(path)
     import yaml
 
-    try:
-        text = path.read_text()
+    with reading(path, "cannot be read as YAML"):
+        text = check_file(path).read_bytes().decode()
+        if len(text) > LARGEST_YAML:
+            raise ValueError(f"{len(text):,} characters are too many for configurations")
         # An alias may stand for itself, or a few lines for billions.
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
+        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # of C where there is one
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, loader)):
             raise ValueError("aliases (*name) are not supported")
-        return _numbers(yaml.safe_load(text))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"--config: {path} cannot be read as YAML: {reason}") from None
+        return _numbers(yaml.load(text, loader))
 
 
 def _numbers(value: Any) -> Any:
@@ -189,7 +193,8 @@ def _run(path: Path, d_in: int) -> Any:
         configs = runpy.run_path(str(path)).get("configs")
         configs = configs(d_in) if callable(configs) else configs
     except (Exception, SystemExit) as error:  # anything at all: it is somebody's program
-        raise InputError(f"--config: {path} failed: {type(error).__name__}: {error}") from error
+        reason = f"{type(error).__name__}: {brief(error)}"
+        raise InputError(f"--config: {path} failed: {reason}") from error
     if not (isinstance(configs, list) and all(isinstance(c, SAEConfig) for c in configs)):
         raise InputError(
             f"--config: {path} must define `configs`, a list of SAEConfig or a function of d_in "

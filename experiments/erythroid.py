@@ -30,7 +30,7 @@ import sae_jax
 from analysis import cells, gene_sets, lens, report
 from experiments import cli, folders, perturbation, scvi_model, steering, steering_page
 from experiments.perturbation import Design, Subject
-from sae_jax import InputError, data, files, workdir
+from sae_jax import InputError, data, files
 
 FLAGS = flags.FLAGS
 
@@ -43,6 +43,7 @@ FILES = {
     "steering": "what `sae-jax steer` leaves, with its own report.html",
     "scvi": "the model, as scvi-tools saves it",
     "dictionary": "cfg.json, sae_weights.safetensors",
+    "manifest.json": "size and SHA-256 of every file",
 }
 STAGES = ["7MEP", "6Ery", "5Ery", "4Ery", "3Ery", "2Ery", "1Ery"]
 GENES = ["Klf1", "Hba-a2", "Hbb-b1", "Alas2", "Gata1", "Epor"]
@@ -76,9 +77,7 @@ def main() -> None:
     asked = steering.check_genes(FLAGS.genes, expression.genes.tolist())
     settings = {flag.name: flag.value for flag in FLAGS.get_flags_for_module(
         FLAGS.find_module_defining_flag("quick"))}  # fmt: skip
-    with workdir.locked(out):
-        folders.claim(out, SETTINGS, settings, FILES)
-
+    with folders.filled(out, SETTINGS, settings, FILES):
         # 2. A model of the cells, a dictionary of its latents.
         model = scvi_model.trained(
             adata, out / "scvi", seed=FLAGS.seed, epochs=5 if FLAGS.quick else 120
@@ -104,7 +103,7 @@ def main() -> None:
         steered.mkdir(exist_ok=True)
         about = [fit, str(sets.coverage)]
         changes = steering.run(subject, design, z, ranked, asked, steered, about)
-        told = story(changes, pd.read_parquet(steered / "controls.parquet"), asked)
+        told = story(changes, files.read_parquet(steered / "controls.parquet"), asked)
         for file, table in {"terms": terms, "story": told}.items():
             with files.write_aside(out / f"{file}.csv") as fresh:
                 table.to_csv(fresh, index=False)

@@ -15,6 +15,10 @@ nothing to find (nulls.csv).
 With --seeds=3 (or, of a saved dictionary, --replicates=B,C) every feature is told in how many other
 dictionaries it comes back, and --consensus saves a dictionary of those that do.
 
+With --out_of_core expression stays in its file and is read a block of cells at a time, in passes
+over the cells, in --memory_gib; results are the same. Held are the embedding and the activations
+(the non-zero ones), obs, and the tables that the folder gets.
+
 Each stage leaves its files and is not done again with --resume. Zheng's 3,774 cells, 20 dimensions
 -> 10,000 latents, 1,500 GO terms: about 6 minutes on two cores, half of it training.
 """
@@ -50,7 +54,7 @@ from experiments import feature_lens_tables as tables
 from experiments import inputs as reading
 from experiments.feature_lens_dictionaries import activations, history, saved, trained
 from experiments.inputs import Inputs
-from sae_jax import InputError, files, workdir
+from sae_jax import InputError, files
 
 FLAGS = flags.FLAGS
 
@@ -73,13 +77,14 @@ FILES = {
     "replicates": "those of the other seeds, where they were trained here",
     replicates.FILE: "a row a feature of each dictionary: replication by direction, by activation",
     replicates.CONSENSUS: "the features that most of them have, as one dictionary, if --consensus",
+    "manifest.json": "size and SHA-256 of every file",
 }
 MAYBE = ("feature_space.parquet", "dge.parquet", replicates.FILE, replicates.CONSENSUS,
          "replicates")  # of `FILES`  # fmt: skip
 ANNOTATION = (
     "enrichment.parquet", "genes.parquet", "top_terms.parquet", "calibration.npz", "named.npz"
 )  # fmt: skip
-SHOWN = ("top", "words", "highlight", "top_level", "memory_gib")
+SHOWN = ("top", "words", "highlight", "top_level", "memory_gib", "out_of_core")
 KEPT = ("training", "calibration.npz", "named.npz", run_folder.MAP)
 
 
@@ -129,6 +134,11 @@ def define_flags() -> None:
     flags.DEFINE_string("top_level", None, "OBO file whose slim or first level colours the map.")
     flags.DEFINE_integer("top", 20, "Features with a section of their own on the page.", 0)
     flags.DEFINE_float("memory_gib", 4.0, "Tables beyond it go to files.", 0)
+    flags.DEFINE_bool(
+        "out_of_core",
+        False,
+        "Leave expression in its file; --memory_gib is for blocks of cells and their sums, too.",
+    )
 
 
 def main() -> None:
@@ -136,8 +146,11 @@ def main() -> None:
     # 1. Refuse what is wrong before anything is written.
     check_flags()
     out = folders.check_workdir(SETTINGS)
-    inputs = reading.read("workdir", gene_sets.MIN_UNIVERSE)
-    everything, inputs = inputs, within(inputs)
+    block_bytes = int(FLAGS.memory_gib * 2**30 / 8) if FLAGS.out_of_core else None
+    inputs = reading.read("workdir", gene_sets.MIN_UNIVERSE, block_bytes)
+    asked = {key: given for key, given in inputs.settings.items() if key not in folders.IGNORED}
+    everything = dataclasses.replace(inputs, settings=asked)
+    inputs = within(everything)
     rule = lens.Rule(percentile=FLAGS.percentile, direction=FLAGS.direction)
     check_cells(len(inputs.obs), rule)
     technical = columns_of(inputs.obs, "technical")
@@ -149,12 +162,11 @@ def main() -> None:
     read = ("gene_sets", "obo", "gene_table", "embedding", "dictionary", "top_level")
     paths = [inputs.settings["h5ad"], *(FLAGS[name].value for name in read)]
     settings = inputs.settings | {"contents": folders.contents([*paths, *(FLAGS.replicates or ())])}
-    with workdir.locked(out):
-        folders.claim(out, SETTINGS, settings, (*FILES, *KEPT), SHOWN)
-
+    with folders.filled(out, SETTINGS, settings, (*FILES, *KEPT), SHOWN):
         # 2. The dictionary and its features.
         if not dictionaries:
             dictionaries = trained(everything, out)
+            files.remove(out / "training")  # a killed run may have left some of it
             z, live = activations(dictionaries[0], inputs)
             check_highlight(live)
         dictionary = dictionaries[0]
@@ -203,6 +215,8 @@ def within(inputs: Inputs) -> Inputs:
     labels; a dictionary is trained on all."""
     if FLAGS.within is None:
         return inputs
+    if FLAGS.out_of_core:
+        raise InputError("--within takes some cells' expression: give it without --out_of_core")
     if inputs.labels is None:
         raise InputError("--within names a label: say by --label which column of obs has it")
     chosen = np.flatnonzero(inputs.labels == FLAGS.within)

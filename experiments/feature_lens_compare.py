@@ -12,7 +12,6 @@ minute or two for five thousand.
 
 import dataclasses
 import itertools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,9 @@ from absl import flags
 
 import sae_jax
 from analysis import characterisation, feature_space, lens_plots, matching, plots, report
-from experiments import cli, feature_lens, feature_lens_tables, folders
-from sae_jax import InputError, files, workdir
+from experiments import cli, feature_lens, feature_lens_tables, folders, verify
+from sae_jax import InputError, files
+from sae_jax.reading import check_file, read_object, reading
 
 FLAGS = flags.FLAGS
 
@@ -37,6 +37,7 @@ FILES = {
     "terms.csv": "one row a term: features that it names in each run",
     "seeds.csv": "Table S6, of runs that differ by the seed only",
     "figures": "shared_terms: PNG and PDF",
+    "manifest.json": "size and SHA-256 of every file",
 }
 NEEDED = (feature_lens.SETTINGS, "features.parquet", "named.npz", "report.html")
 OF_CELLS = ("h5ad", "embedding", "pca", "label")  # settings that seeds must have in common
@@ -69,6 +70,7 @@ def define_flags() -> None:
     flags.DEFINE_list("runs", None, "Folders of finished runs of the lens, two or more.")
     flags.DEFINE_string("workdir", None, "Folder to fill.")
     flags.DEFINE_bool("overwrite", False, "Replace what an earlier run left in --workdir.")
+    verify.define_flag()
 
 
 def main() -> None:
@@ -76,9 +78,7 @@ def main() -> None:
     # 1. Refuse what is wrong before anything is written.
     out = folders.check_workdir(SETTINGS)
     runs = read_runs(FLAGS.runs or [])
-    with workdir.locked(out):
-        folders.claim(out, SETTINGS, {"runs": FLAGS.runs}, FILES)
-
+    with folders.filled(out, SETTINGS, {"runs": FLAGS.runs}, FILES):
         # 2. Every two of them.
         compared = [compare(a, b) for a, b in itertools.combinations(runs, 2)]
         tables = {"runs": overview(runs), "comparisons": pd.DataFrame(map(summary, compared)),
@@ -118,24 +118,24 @@ def read_runs(paths: Sequence[str]) -> list[LensRun]:
     if unfinished:
         raise InputError(f"no finished run of the lens: {'; '.join(unfinished)}")
     alone = len({path.name for path in given}) == len(given)
+    verify.inputs(*given)
     return [read_run(path, path.name if alone else str(path)) for path in given]
 
 
 def read_run(path: Path, name: str) -> LensRun:
     """One finished run."""
-    try:
-        settings = dict(json.loads((path / feature_lens.SETTINGS).read_text()))
-        table = pd.read_parquet(path / "features.parquet").set_index("feature")
+    settings = read_object(path / feature_lens.SETTINGS)
+    with reading(path / "features.parquet", "is damaged"):
+        table = files.read_parquet(check_file(path / "features.parquet")).set_index("feature")
+    with reading(path / "named.npz", "is damaged"):
         annotated = feature_space.feature_terms(*feature_lens_tables.read_named(path))
-    except (ValueError, TypeError, KeyError, OSError) as error:
-        raise InputError(f"{path} is damaged: {error}") from None
     if annotated.matrix.shape[0] != len(table):
         raise InputError(f"{path} is damaged: features.parquet and named.npz disagree")
     if not annotated.annotated().size:
         raise InputError(f"{path}: no feature has a term, so there is nothing to compare")
     try:
         config = sae_jax.Dictionary.load(settings.get("dictionary") or path / "dictionary").config
-    except InputError:
+    except (InputError, TypeError, ValueError):  # settings may say anything
         config = None
     return LensRun(name, settings, table, annotated, config)
 

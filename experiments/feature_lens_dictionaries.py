@@ -91,4 +91,4 @@ def activations(
 def history(out: Path) -> pd.DataFrame | None:
     """The losses of the dictionary's training, if it was trained here."""
     path = out / "history.parquet"
-    return pd.read_parquet(path) if path.exists() else None
+    return files.read_parquet(path) if path.exists() else None

@@ -40,7 +40,7 @@ def null_rates(
     density = part.getnnz(axis=0) / part.shape[0]
     fresh = nulls.untrained(dictionary, FLAGS.seed).encode(x, sparse=True)
     fresh = fresh[:, np.flatnonzero(fresh.getnnz(axis=0))[: FLAGS.null_sample]]
-    means = np.asarray(inputs.expression.x.mean(axis=0)).ravel()
+    means = inputs.expression.means
     cases = {
         PERMUTED: (nulls.permuted_cells(part, FLAGS.seed + 1), sets),
         "random gene sets": (part, nulls.random_sets(sets, FLAGS.seed)),

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from analysis import plots, report
 from experiments import replicates
 from experiments.inputs import Inputs
+from sae_jax import files
 
 REAL, PERMUTED = "the dictionary's", "cells permuted"  # rows of nulls.csv
 
@@ -44,8 +45,8 @@ def write(
     if "best_label" in table:
         sections.append(("Labels", [report.table(label_table(table))]))
     chosen = table.sort_values("best_term_log10_q", ascending=False).head(top)
-    terms = pd.read_parquet(out / "top_terms.parquet").set_index("feature")
-    genes = pd.read_parquet(out / "genes.parquet").set_index("feature")
+    terms = files.read_parquet(out / "top_terms.parquet").set_index("feature")
+    genes = files.read_parquet(out / "genes.parquet").set_index("feature")
     for name, row in chosen.iterrows():
         sections.append(
             (

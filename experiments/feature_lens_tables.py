@@ -22,6 +22,7 @@ from analysis import (
 from experiments import folders, run_folder
 from experiments.inputs import Inputs
 from sae_jax import files
+from sae_jax.reading import check_file, reading
 
 FLAGS = flags.FLAGS
 
@@ -30,7 +31,8 @@ COUNTS = ("n_high", "n_low", "n_relevant", "testable", "paper_annotated")  # in 
 
 def read_named(out: Path) -> tuple[sparse.csr_array, list[str]]:
     """Which term names which feature, bool [features, terms], and the terms."""
-    found = np.load(out / "named.npz")
+    with reading(out / "named.npz"), np.load(check_file(out / "named.npz")) as stored:
+        found = dict(stored)
     ones = np.ones(len(found["indices"]), bool)
     matrix = sparse.csr_array((ones, found["indices"], found["indptr"]), shape=found["shape"])
     return matrix, found["terms"].tolist()
@@ -63,14 +65,14 @@ def describe(
     if numeric.shape[1]:
         compare_numbers(z, numeric, table)
     table["n_terms"] = np.diff(annotated.matrix.indptr)
-    best = pd.read_parquet(out / "top_terms.parquet")
+    best = files.read_parquet(out / "top_terms.parquet")
     for side, column in {"up": "best_term", "down": "best_term_down"}.items():
         first = best[best["named"] & (best["side"] == side)].drop_duplicates("feature")
         first = first.set_index("feature").reindex(names)
         table[column] = first["term"].to_numpy()
         table[f"{column}_auc"] = first["auc"].to_numpy()
         table[f"{column}_log10_q"] = first["log10_q"].to_numpy()
-    genes = pd.read_parquet(out / "genes.parquet")
+    genes = files.read_parquet(out / "genes.parquet")
     up = genes[genes["t"] > 0].groupby("feature", sort=False)["gene"]
     table["top_genes"] = up.agg(lambda some: ", ".join(some[:10])).reindex(names).to_numpy()
     table.index.name = "feature"
@@ -104,7 +106,7 @@ def space(
         return None
     stored = out / "feature_space.parquet"
     if folders.readable(stored):
-        return pd.read_parquet(stored)[["umap_1", "umap_2"]].to_numpy()
+        return files.read_parquet(stored)[["umap_1", "umap_2"]].to_numpy()
     coordinates = feature_space.plane(annotated, seed=FLAGS.seed)
     frame = pd.DataFrame(coordinates, columns=["umap_1", "umap_2"])
     frame.insert(0, "feature", table.index)
@@ -144,13 +146,17 @@ def write_every_gene(
     """The long table of all genes: feature, gene, t, log2_fold_change, log10_p (-log10), float32;
     NaN where a gene does not vary or a group has fewer than two cells."""
     found = groups.top_cells(z, rule.percentile)
-    prepared = differential.Prepared.of(inputs.expression.x)
+    prepared = differential.prepare(
+        inputs.expression.x, len(live), int(FLAGS.memory_gib * 2**30), tested=64
+    )
     names, genes = lens.feature_names(live), inputs.expression.genes
 
     def parts() -> Iterator[pd.DataFrame]:
-        for rows in tqdm(blocks.slices(len(names), 64), desc="every gene"):
-            some = groups.Groups(found.high[rows], found.active[rows])
-            welch = prepared.welch(some, rule.pseudocount)
+        parts = list(blocks.slices(len(names), prepared.tested or 64))
+        some = (groups.Groups(found.high[rows], found.active[rows]) for rows in parts)
+        tests = prepared.tests(some, rule.pseudocount)
+        for rows, test in zip(tqdm(parts, desc="every gene"), tests, strict=True):
+            welch = test()
             codes = np.indices(welch.t.shape, np.int32).reshape(2, -1)
             with np.errstate(divide="ignore"):
                 log10_p = -np.log10(np.maximum(welch.p, 1e-320))

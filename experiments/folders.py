@@ -4,9 +4,11 @@ The program defines --workdir and --overwrite, and --resume if it can continue. 
 settings is written first: it tells a folder of the program from anybody's.
 """
 
+import collections
+import contextlib
 import json
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,9 @@ from absl import flags, logging
 from pyarrow import parquet
 
 from extract import hashing
-from sae_jax import InputError, files, workdir
+from extract.errors import listed
+from sae_jax import InputError, files, manifest, workdir
+from sae_jax.reading import check_file
 
 FLAGS = flags.FLAGS
 IGNORED = dict.fromkeys(("workdir", "overwrite", "resume"))  # in comparing settings
@@ -60,6 +64,68 @@ def _hash(path: Path) -> str:
     return hashing.names_hash(names)
 
 
+@contextlib.contextmanager
+def filled(
+    out: Path,
+    settings_file: str,
+    settings: dict[str, Any],
+    leaves: Iterable[str],
+    shown: Iterable[str] = (),
+) -> Iterator[None]:
+    """The body fills the folder, of which `claim` says what was there before; nobody else does.
+
+    The manifest of `leaves` is written when it has.
+
+    Raises:
+      InputError: as `claim`; another process fills it; or --resume, and a finished run's files
+        within folders are not as they were left.
+    """
+    leaves = tuple(leaves)
+    with workdir.locked(out):
+        claim(out, settings_file, settings, leaves, shown)
+        with changed(out, settings_file, leaves):
+            yield
+
+
+@contextlib.contextmanager
+def changed(out: Path, settings_file: str, leaves: Iterable[str]) -> Iterator[None]:
+    """The body changes a run's folder: it has no manifest meanwhile, and one of `leaves` after it.
+
+    Raises:
+      InputError: a finished run's files within folders are not as they were left.
+    """
+    removed = _remove_damaged(out, [name for name in leaves if name != settings_file])
+    with manifest.renewed(out, (settings_file, *leaves)):
+        yield
+    for name in removed:
+        if not (out / name).exists():
+            logging.warning("%s/%s was not made again: --overwrite makes it", out, name)
+
+
+def _remove_damaged(out: Path, leaves: Sequence[str]) -> list[str]:
+    """Of a finished run, the files that are not as they were left: what makes them does it again.
+
+    Raises:
+      InputError: what is damaged lies within a folder.
+    """
+    if not (out / manifest.NAME).exists():
+        return []
+    try:
+        _, wrong = manifest.look(out, "full")
+    except InputError as error:
+        raise InputError(f"{error}. Delete it: then each file is looked at on its own") from None
+    there = {name: told for name, told in wrong.items() if (out / name).exists()}
+    if within := [told for name, told in there.items() if name not in leaves]:
+        raise InputError(
+            f"{out} is not as its run left it: {listed(within)}. Delete the folders in {out} that "
+            "these are in, and they are made again; or give --overwrite"
+        )
+    for name, told in wrong.items():
+        logging.warning("%s: %s; it is made again", out, told)
+        files.remove(out / name)
+    return list(there)
+
+
 def claim(
     out: Path,
     settings_file: str,
@@ -75,7 +141,9 @@ def claim(
     Raises:
       InputError: --resume, and the folder holds a run of other settings, or damaged ones.
     """
-    files.remove_leftovers(out, out / "figures")
+    ours = [out / name for name in leaves if (out / name).is_dir()]
+    inside = [path for folder in ours for path in folder.rglob("*") if path.is_dir()]
+    files.remove_leftovers(out, *ours, *inside)
     path = out / settings_file
     if _resume() and path.exists():
         try:
@@ -87,21 +155,28 @@ def claim(
             raise InputError(f"{out} holds a run of other settings:\n  {differences}")
         return
     if FLAGS.overwrite:
-        for name in (*leaves, settings_file):
+        # What tells that the folder is ours goes last: a kill leaves one that can be overwritten.
+        for name in (manifest.NAME, *(n for n in leaves if n != settings_file), settings_file):
             files.remove(out / name)
     files.write_json(path, settings)
 
 
 def readable(path: Path) -> bool:
-    """Whether a file of ours is there and whole; a damaged one is made again."""
+    """Whether a file of ours is there and whole; a damaged one is made again.
+
+    All of it is read, a part at a time: pages and members have checksums.
+    """
     try:
+        check_file(path)
         if path.suffix == ".parquet":
-            parquet.read_metadata(path)
+            with parquet.ParquetFile(path, page_checksum_verification=True) as file:
+                collections.deque(file.iter_batches(), maxlen=0)
         elif path.suffix == ".npz":
-            np.load(path)
+            with np.load(path) as arrays:
+                collections.deque(arrays.values(), maxlen=0)
         else:
             return path.read_text().endswith("\n") and len(pd.read_csv(path).columns) > 1
-    except (OSError, ValueError, zipfile.BadZipFile):  # pyarrow's errors are ValueErrors
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):  # pyarrow's are ValueErrors
         if path.exists():
             logging.warning("%s cannot be read and is made again", path)
         return False

@@ -12,6 +12,7 @@ import pandas as pd
 from absl import flags, logging
 
 from analysis import cells, gene_sets
+from experiments import verify
 from extract import store
 from sae_jax import InputError, data
 
@@ -32,7 +33,12 @@ class Inputs:
 
 def define_flags() -> None:
     """Of the cells and the gene sets."""
-    flags.DEFINE_string("h5ad", None, "AnnData file; default: the PBMC data that ship with scanpy.")
+    verify.define_flag()
+    flags.DEFINE_string(
+        "h5ad",
+        None,
+        "AnnData file, .h5ad or .zarr; default: the PBMC data that ship with scanpy.",
+    )
     flags.DEFINE_string(
         "embedding",
         None,
@@ -74,11 +80,14 @@ def define_set_flags() -> None:
     )
 
 
-def read(beside: str, min_universe: int = 0) -> Inputs:
+def read(beside: str, min_universe: int = 0, block_bytes: int | None = None) -> Inputs:
     """Everything the flags name, checked before any work.
 
-    `beside` is a flag of the program's own: its settings are with those of the inputs. Fewer genes
-    than `min_universe` are refused.
+    Args:
+      beside: a flag of the program's own: its settings are with those of the inputs.
+      min_universe: fewer genes than this are refused.
+      block_bytes: expression stays in its file (`cells.Parts`), and this is the memory for a block
+        of cells; None: it is read.
     """
     source, kind, label = FLAGS.expression or "X", FLAGS.expression_is, FLAGS.label
     path = FLAGS.h5ad
@@ -90,7 +99,11 @@ def read(beside: str, min_universe: int = 0) -> Inputs:
         raise InputError(
             f"--expression_is is needed: does {source} of {path} hold counts or log1p values?"
         )
-    adata = cells.read(path)
+    if block_bytes is not None and FLAGS.embedding is None:
+        raise InputError(
+            "PCA needs the expression of all cells in memory: give --embedding, or no --out_of_core"
+        )
+    adata = cells.read(path) if block_bytes is None else cells.annotations(path)
     labels = None if label is None else cells.labels(adata, label)
     embedding = None
     if FLAGS.embedding is not None and FLAGS.embedding.endswith(".zarr"):
@@ -99,7 +112,10 @@ def read(beside: str, min_universe: int = 0) -> Inputs:
         embedding = rows_of(FLAGS.embedding, adata.n_obs)
     elif FLAGS.embedding is not None:
         embedding = cells.embedding(adata, FLAGS.embedding)
-    expression = cells.expression(adata, source, kind, FLAGS.gene_symbols)
+    if block_bytes is None:
+        expression = cells.expression(adata, source, kind, FLAGS.gene_symbols)
+    else:
+        expression = cells.parts(path, source, kind, FLAGS.gene_symbols, memory_bytes=block_bytes)
     sets = load_sets(expression.genes, min_universe)
     logging.info("%d cells, %d genes; %s", adata.n_obs, len(expression.genes), sets.coverage)
     if embedding is None:
@@ -136,7 +152,7 @@ def load_sets(genes: Sequence[str], min_universe: int = 0) -> gene_sets.GeneSets
 
 def stored_embedding(names: pd.Index) -> np.ndarray:
     """Rows of an extraction store for the cells of these names, float32 [cells, dimensions]."""
-    found = store.open(FLAGS.embedding)
+    found = store.open(FLAGS.embedding, FLAGS.verify)
     at = found.obs.index.get_indexer(names)
     if (at < 0).any():
         raise InputError(

@@ -16,7 +16,8 @@ import numpy as np
 from absl import flags, logging
 
 import sae_jax
-from sae_jax import InputError, SAEConfig, data, files, sweep, workdir
+from experiments import verify
+from sae_jax import InputError, SAEConfig, data, distributed, files, manifest, sweep, workdir
 from sae_jax.state import History
 from sae_jax.streaming import Rows
 
@@ -52,17 +53,33 @@ def define_flags() -> None:
         lower_bound=0,
     )
     flags.DEFINE_float("checkpoint_seconds", 60, "Between checkpoints.", lower_bound=0)
+    flags.DEFINE_integer(
+        "latent_devices",
+        None,
+        "Devices that share the latents of each dictionary (default: as few as hold it, or more "
+        "where accelerators would be idle).",
+        lower_bound=1,
+    )
     flags.DEFINE_bool(
         "tensorboard",
         False,
         "Losses of every configuration for TensorBoard, in WORKDIR/tensorboard.",
     )
+    flags.DEFINE_bool("multihost", False, "This is one of several processes started together.")
+    verify.define_flag()
+
+
+def join() -> None:
+    """Become one of several processes, with --multihost."""
+    if FLAGS.multihost:
+        distributed.join()
 
 
 def check_workdir(out: Path, settings: str) -> Path:
     """The folder, if it may be filled: empty, new, or with a file `settings` of ours in it."""
     workdir.check_writable(out)
-    if out.is_dir() and any(out.iterdir()) and not (out / settings).is_file():
+    there = list(out.iterdir()) if out.is_dir() else []
+    if any(not path.name.startswith(".") for path in there) and not (out / settings).is_file():
         raise InputError(f"{out} holds other files; choose an empty or a new folder")
     return out
 
@@ -71,12 +88,23 @@ def claim(
     out: Path, settings: str, produced: Sequence[str], more: dict[str, Any] | None = None
 ) -> None:
     """Make the folder ours: clear what --overwrite replaces, and note the flags, and `more`."""
+    distributed.once(lambda: _claim(out, settings, produced, more))
+
+
+def _claim(out: Path, settings: str, produced: Sequence[str], more: dict[str, Any] | None) -> None:
     if FLAGS.overwrite:
         # What tells that the folder is ours goes last: a kill leaves one that can be overwritten.
         for name in [*KEPT, *(n for n in produced if n != settings), "tensorboard", settings]:
             files.remove(out / name)
+    manifest.remove(out)
     if not (out / "configs.json").exists():
         files.write_json(out / settings, given_flags() | (more or {}))
+
+
+def finish(out: Path, produced: Sequence[str]) -> None:
+    """Note in the manifest of a finished training what the program left beside it."""
+    if (out / manifest.NAME).exists():  # none while members failed
+        manifest.add(out, *(name for name in produced if name not in workdir.OURS))
 
 
 def given_flags() -> dict[str, Any]:
@@ -87,7 +115,7 @@ def given_flags() -> dict[str, Any]:
         for flag in FLAGS.get_flags_for_module(module)
         if flag.value is not None
     }
-    for name in ("workdir", "overwrite", "dry_run", "multihost"):
+    for name in ("workdir", "overwrite", "dry_run", "multihost", "latent_devices"):
         given.pop(name, None)
     return given
 
@@ -127,11 +155,12 @@ def check(configs: Sequence[SAEConfig], rows: dict[str, Rows]) -> None:
     for name in ("checkpoint_seconds", "resident_gib"):
         if FLAGS[name].value is not None and not math.isfinite(FLAGS[name].value):
             raise InputError(f"--{name}={FLAGS[name].value} must be a finite number")
+    verify.inputs(FLAGS.data)
     data.provenance(FLAGS.data)  # which training reads after the folder has been cleared
     held_out = {name: part for name, part in rows.items() if name != "train"}
     sweep.check(
         list(configs), rows["train"], held_out, FLAGS.epochs, FLAGS.data_seed, FLAGS.patience,
-        _resident_bytes(),
+        _resident_bytes(), FLAGS.latent_devices,
     )  # fmt: skip
 
 
@@ -158,6 +187,7 @@ def train(configs: Sequence[SAEConfig], rows: dict[str, Rows], out: Path) -> sae
                 checkpoint_seconds=FLAGS.checkpoint_seconds,
                 resident_bytes=_resident_bytes(),
                 on_epochs=on_epochs,
+                latent_devices=FLAGS.latent_devices,
             )
     except InputError:
         raise

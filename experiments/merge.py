@@ -11,6 +11,7 @@ without shards finds nothing left to train in it.
 
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import pandas as pd
 from absl import flags
 
 from analysis import plots
-from experiments import cli, sweep
+from experiments import cli, sharding, sweep, verify
 from sae_jax import InputError, files, manifest, workdir
 
 FLAGS = flags.FLAGS
@@ -32,7 +33,7 @@ def define_flags() -> None:
     """Defines the flags; `cli.launch` calls this."""
     flags.DEFINE_string("workdir", None, "The folder of the shards, --workdir of their sweep.")
     flags.DEFINE_string("output", None, "New folder for the whole.")
-    flags.DEFINE_enum("verify", "size", ["size", "full"], "Check files' sizes, or every byte.")
+    verify.define_flag()
     flags.DEFINE_bool("partial", False, "Gather what is finished, though shards are missing.")
 
 
@@ -55,6 +56,7 @@ def main() -> None:
     results = gather(finished, out)
     split = "validation" if "validation_r2" in results else "train"
     plots.save(plots.frontier(results, split=split), out / "figures", "frontier")
+    manifest.add(out, "figures")
     print(f"{out}/: {len(results)} configurations of {len(finished)} shards")
     print(f"\nbest {split} R² at their L0")
     print(sweep.best(results, split))
@@ -74,44 +76,38 @@ def look(folder: Path, level: manifest.Level) -> tuple[dict[Path, dict[str, Any]
     if len(counts) > 1:
         raise InputError(f"{folder} holds shards of {sorted(counts)}: of several sweeps")
     [count] = counts
-    settings = {path: read_settings(path) for path in found}
-    first, *others = settings.values()
-    for path, other in zip(list(settings)[1:], others, strict=True):
-        if changes := workdir.difference(sweep.alike(first), sweep.alike(other)):
+    places = [folder / f"shard-{index:03d}-of-{count:03d}" for index in range(count)]
+    if strange := sorted(set(found) - set(places)):
+        raise InputError(f"{strange[0]} is none of the shards 0 to {count - 1}: take it away")
+    # One that was killed before it noted what it was asked for has nothing visible in it.
+    begun = [path for path in found if any(path.glob("[!.]*"))]
+    settings = {path: sharding.read_settings(path / sweep.SETTINGS) for path in begun}
+    if not settings:
+        raise InputError(f"no shard in {folder} has begun: start them again")
+    first = sharding.alike(next(iter(settings.values())))
+    for path, other in settings.items():
+        if changes := workdir.difference(first, sharding.alike(other)):
             raise InputError(f"{path} is a shard of another sweep:\n  {changes}")
+    sharding.check_apart({path: each["positions"] for path, each in settings.items()})
     finished, missing = {}, []
-    by_index = {int(match[1]): path for path, match in found.items()}
-    for index in range(count):
-        path = by_index.get(index)
-        if path is not None and (path / manifest.NAME).exists():
+    for index, path in enumerate(places):
+        if (path / manifest.NAME).exists():
             manifest.check(path, level)
             finished[path] = settings[path]
             continue
-        state = "is missing" if path is None else "was not finished"
+        state = "was not finished" if path in found else "is missing"
         missing.append(f"shard {index} of {count} {state}: {command(first, index, count, folder)}")
+    trained = sorted(place for each in finished.values() for place in each["positions"])
+    if not missing and trained != list(range(len(trained))):
+        raise InputError(f"the shards in {folder} are not the whole: they were split differently")
     return finished, missing
 
 
-def read_settings(shard: Path) -> dict[str, Any]:
-    """What a shard was asked for, and which places its configurations have in the whole."""
-    path = shard / sweep.SETTINGS
-    try:
-        found = json.loads(path.read_bytes())
-        found["positions"] = [int(each) for each in found["positions"]]
-        return found
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing: {shard} is no shard of a sweep") from None
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{path} is damaged: {error!r}") from None
-
-
 def command(settings: dict[str, Any], index: int, count: int, folder: Path) -> str:
-    """The command that trains a shard."""
-    given = sweep.alike(settings) | {
-        "num_shards": count, "shard_index": index, "workdir": str(folder)
-    }  # fmt: skip
+    """The command that trains a shard, for a shell."""
+    given = settings | {"num_shards": count, "shard_index": index, "workdir": str(folder)}
     words = [f"--{name}={_text(value)}" for name, value in given.items()]
-    return " ".join(["sae-jax sweep", *words])
+    return shlex.join(["sae-jax", "sweep", *words])
 
 
 def _text(value: Any) -> str:
@@ -140,7 +136,7 @@ def gather(shards: dict[Path, dict[str, Any]], out: Path) -> pd.DataFrame:
                 if (dictionary := workdir.dictionary_folder(path, i)).exists():
                     shutil.copytree(dictionary, workdir.dictionary_folder(fresh, own[i]))
             for name in TABLES:
-                table = pd.read_parquet(path / f"{name}.parquet", page_checksum_verification=True)
+                table = files.read_parquet(path / f"{name}.parquet")
                 tables[name].append(table.assign(member=[own[i] for i in table["member"]]))
         whole = {
             name: pd.concat(parts).sort_values("member", kind="stable", ignore_index=True)
@@ -149,7 +145,7 @@ def gather(shards: dict[Path, dict[str, Any]], out: Path) -> pd.DataFrame:
         for name, table in whole.items():
             files.write_parquet(fresh / f"{name}.parquet", table)
         files.write_json(fresh / "configs.json", {"configs": configs} | training[0])
-        files.write_json(fresh / sweep.SETTINGS, sweep.alike(settings))
+        files.write_json(fresh / sweep.SETTINGS, sharding.alike(settings))
         manifest.write(fresh)
     return whole["results"]
 

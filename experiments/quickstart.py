@@ -25,12 +25,10 @@ are up at q < 0.01, so that a permuted feature has few; of such features of thre
 permuted features, is for its wider choice of genes: here it would cost 1 to 14 % of the names.
 """
 
-import json
 import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -39,10 +37,10 @@ from scipy import sparse
 
 import sae_jax
 from analysis import cells, features, gene_sets, lens, nulls, plots, stability
-from experiments import cli, quickstart_page, run_folder
+from experiments import cli, folders, quickstart_page, run_folder, verify
 from experiments import inputs as reading
 from experiments.inputs import Inputs
-from sae_jax import InputError, data, files, workdir
+from sae_jax import InputError, data, files
 
 FLAGS = flags.FLAGS
 
@@ -94,70 +92,72 @@ def main() -> None:
     halves = label_halves(inputs)
     if FLAGS.sweep:
         run, train = read_sweep(inputs.embedding)
-        claim(out, inputs.settings)
     else:
         train, validation = split_cells(len(inputs.embedding))
         configs = sweep_configs(inputs.embedding.shape[1])
-        claim(out, inputs.settings)
-
+    with folders.filled(out, SETTINGS, inputs.settings, OUTPUTS):
         # 2. Train all configurations, choose one.
-        run = train_sweep(configs, inputs, train, validation, out)
-    member, reason = choose(run, inputs, halves[0])
-    logging.info("chosen: member %d, %s", member, reason)
-    folder = f"dictionaries/{member:04d}"
-    if FLAGS.sweep:
-        folder = str(Path(FLAGS.sweep) / folder)
-    files.write_json(out / "choice.json", {"member": member, "folder": folder, "reason": reason})
+        if not FLAGS.sweep:
+            run = train_sweep(configs, inputs, train, validation, out)
+        member, reason = choose(run, inputs, halves[0])
+        logging.info("chosen: member %d, %s", member, reason)
+        folder = f"dictionaries/{member:04d}"
+        if FLAGS.sweep:
+            folder = str(Path(FLAGS.sweep) / folder)
+        files.write_json(
+            out / "choice.json", {"member": member, "folder": folder, "reason": reason}
+        )
 
-    # 3. Name its features, and count what the same pipeline names by chance.
-    z = run.dictionaries[member].encode(inputs.embedding, sparse=True)
-    live = np.flatnonzero(z[train].getnnz(axis=0))  # what fires on held-out cells alone is noise
-    z = z[:, live]
-    logging.info("naming %d live features by %d gene sets", len(live), len(inputs.sets.names))
-    found = annotate(z, inputs.expression, inputs.sets)
-    rates = null_rates(z, inputs)
+        # 3. Name its features, and count what the same pipeline names by chance.
+        z = run.dictionaries[member].encode(inputs.embedding, sparse=True)
+        # What fires on held-out cells alone is noise.
+        live = np.flatnonzero(z[train].getnnz(axis=0))
+        z = z[:, live]
+        logging.info("naming %d live features by %d gene sets", len(live), len(inputs.sets.names))
+        found = annotate(z, inputs.expression, inputs.sets)
+        rates = null_rates(z, inputs)
 
-    # 4. Write tables, figures and the page.
-    table = features_table(z, live, found, inputs.labels)
-    coordinates, axis = plots.plane(inputs.embedding)
-    testable = int(found.testable().sum())
-    named = int((table["top_terms"] != "").sum())
-    about = run_folder.about(
-        "quickstart", run.dictionaries[member], inputs.embedding,
-        embedding=FLAGS.embedding or "PCA", n_live=len(live), n_testable=testable, n_named=named,
-        share_named=named / testable if testable else None,
-        named_by="a term of q < .05 by the test `matched`, of the testable features",
-    )  # fmt: skip
-    maps = {"X_umap" if axis == "UMAP" else "X_pca": coordinates}
-    adata = run_folder.write_features(
-        out / "features.h5ad", "quickstart", z, inputs.obs, table,
-        decoder=stability.directions(run.dictionaries[member])[live],
-        maps=maps | run_folder.input_maps(inputs.settings["h5ad"], inputs.obs.index), about=about,
-        settings={**inputs.settings, "member": member, "folder": folder},
-    )  # fmt: skip
-    lens.write(found, table.index.to_numpy(), out / "enrichment.parquet")
-    best = None if inputs.labels is None else label_table(z, inputs, halves, table)
-    if best is not None:
-        with files.write_aside(out / "labels.csv") as fresh:
-            best.to_csv(fresh, index=False)
-    quickstart_page.write(
-        out,
-        quickstart_page.Findings(
-            results=run.results,
-            member=member,
-            reason=reason,
-            limits=(FLAGS.max_l0_percent / 100, FLAGS.min_r2),
-            adata=adata,
-            axis=axis,
-            labels=inputs.labels,
-            best=best,
-            coverage=inputs.sets.coverage,
-            universe=len(inputs.expression.genes),
-            found=found,
-            null_rates=rates,
-            settings=inputs.settings,
-        ),
-    )
+        # 4. Write tables, figures and the page.
+        table = features_table(z, live, found, inputs.labels)
+        coordinates, axis = plots.plane(inputs.embedding)
+        testable = int(found.testable().sum())
+        named = int((table["top_terms"] != "").sum())
+        about = run_folder.about(
+            "quickstart", run.dictionaries[member], inputs.embedding,
+            embedding=FLAGS.embedding or "PCA", n_live=len(live), n_testable=testable,
+            n_named=named, share_named=named / testable if testable else None,
+            named_by="a term of q < .05 by the test `matched`, of the testable features",
+        )  # fmt: skip
+        maps = {"X_umap" if axis == "UMAP" else "X_pca": coordinates}
+        adata = run_folder.write_features(
+            out / "features.h5ad", "quickstart", z, inputs.obs, table,
+            decoder=stability.directions(run.dictionaries[member])[live],
+            maps=maps | run_folder.input_maps(inputs.settings["h5ad"], inputs.obs.index),
+            about=about, settings={**inputs.settings, "member": member, "folder": folder},
+        )  # fmt: skip
+        lens.write(found, table.index.to_numpy(), out / "enrichment.parquet")
+        best = None if inputs.labels is None else label_table(z, inputs, halves, table)
+        if best is not None:
+            with files.write_aside(out / "labels.csv") as fresh:
+                best.to_csv(fresh, index=False)
+        quickstart_page.write(
+            out,
+            quickstart_page.Findings(
+                results=run.results,
+                member=member,
+                reason=reason,
+                limits=(FLAGS.max_l0_percent / 100, FLAGS.min_r2),
+                adata=adata,
+                axis=axis,
+                labels=inputs.labels,
+                best=best,
+                coverage=inputs.sets.coverage,
+                universe=len(inputs.expression.genes),
+                found=found,
+                null_rates=rates,
+                settings=inputs.settings,
+            ),
+        )
 
     # 5. Say where everything lies.
     print(f"\n{out}/")
@@ -170,25 +170,11 @@ def main() -> None:
 
 
 def check_workdir() -> Path:
-    """The folder to fill. Refuses one that is in use, unless told to replace or continue it."""
+    """The folder to fill, and numbers that are none refused."""
     for name in ("max_l0_percent", "min_r2", "high_percentile"):
         if not math.isfinite(FLAGS[name].value):
             raise InputError(f"--{name}={FLAGS[name].value} must be a finite number")
-    if not FLAGS.workdir:
-        raise InputError("--workdir is needed: the folder to fill")
-    if FLAGS.overwrite and FLAGS.resume:
-        raise InputError("--overwrite and --resume exclude each other")
-    out = Path(FLAGS.workdir)
-    workdir.check_writable(out)
-    begun = out.is_dir() and any(not path.name.startswith(files.ASIDE) for path in out.iterdir())
-    if begun:
-        if not (out / SETTINGS).is_file():
-            raise InputError(f"{out} holds other files; choose an empty or a new folder")
-        if not (FLAGS.overwrite or FLAGS.resume):
-            raise InputError(
-                f"{out} holds an earlier run: --overwrite replaces it, --resume continues it"
-            )
-    return out
+    return folders.check_workdir(SETTINGS)
 
 
 def split_cells(count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -231,24 +217,6 @@ def sweep_configs(d_in: int) -> list[sae_jax.SAEConfig]:
     ]
 
 
-def claim(out: Path, settings: dict[str, Any]) -> None:
-    """Make the folder ours: clear what --overwrite replaces, and note the settings."""
-    if FLAGS.resume and (out / SETTINGS).exists():
-        try:
-            earlier = dict(json.loads((out / SETTINGS).read_text()))
-        except (ValueError, TypeError) as error:
-            raise InputError(f"{out / SETTINGS} is damaged: {error}; use --overwrite") from None
-        ignored = dict.fromkeys(("workdir", "overwrite", "resume"))
-        differences = workdir.difference(earlier | ignored, settings | ignored)
-        if differences:
-            raise InputError(f"{out} holds a run of other settings:\n  {differences}")
-    files.remove_leftovers(out, out / "figures")
-    files.write_json(out / SETTINGS, settings)
-    if FLAGS.overwrite:
-        for name in OUTPUTS:
-            files.remove(out / name)
-
-
 def train_sweep(
     configs: list[sae_jax.SAEConfig],
     inputs: Inputs,
@@ -276,6 +244,7 @@ def train_sweep(
 
 def read_sweep(embedding: np.ndarray) -> tuple[sae_jax.Run, np.ndarray]:
     """A finished sweep, and the positions of the cells that it was trained on."""
+    verify.inputs(FLAGS.sweep)
     run = sae_jax.Run.load(FLAGS.sweep)
     trained = [dictionary for dictionary in run.dictionaries if dictionary is not None]
     if not trained or "validation_r2" not in run.results:

@@ -19,7 +19,7 @@ FILES = {
     "report.html": "the page: everything below, to look at",
     "results.parquet": "one row a configuration: settings and metrics",
     "history.parquet": "one row per configuration and epoch: losses",
-    "manifest.json": "size and SHA-256 of every file of the training",
+    "manifest.json": "size and SHA-256 of every file",
     "choice.json": "the chosen dictionary, and why",
     "dictionaries": "one folder a configuration: cfg.json, sae_weights.safetensors",
     "features.h5ad": "cells × live features of the chosen dictionary; var names them",

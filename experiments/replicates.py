@@ -39,7 +39,7 @@ def replicated(
     """
     path, folder = out / FILE, out / CONSENSUS
     if folders.readable(path) and (folder.exists() or not agreed):
-        return pd.read_parquet(path)
+        return files.read_parquet(path)
     codes = [dictionary.encode(x, sparse=True) for dictionary in dictionaries]
     found = stability.replication(dictionaries, codes, embedding=x, seed=seed)
     files.write_parquet(path, found.features)

@@ -10,8 +10,9 @@ gene_sets.parquet: term, gene. Tables with rows for each feature lie in the feat
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 from absl import logging
+from anndata.experimental import write_dispatched
 from scipy import sparse
 
 import sae_jax
@@ -58,9 +60,31 @@ def write_features(
         obsm=dict(maps), varm={"decoder": np.asarray(decoder, np.float32)},
         uns={"about": json.dumps(dict(about)), program: json.dumps(dict(settings))},
     )  # fmt: skip
-    with files.write_aside(path) as fresh:
-        adata.write_h5ad(fresh, compression="gzip")
+    write_h5ad(path, adata)
     return adata
+
+
+def write_h5ad(path: Path, adata: anndata.AnnData) -> None:
+    """An .h5ad file, compressed, every chunk of numbers with a checksum (fletcher32).
+
+    HDF5 makes the file in memory, as large as it will be on disk: on a full disk it can neither
+    put away what it holds nor give it up, and ends the process (a segmentation fault).
+    """
+    image = io.BytesIO()
+    with h5py.File(image, "w") as file:
+        write_dispatched(file, "/", adata, _with_checksum)
+    with files.write_aside(path) as fresh:
+        fresh.write_bytes(image.getbuffer())
+
+
+def _with_checksum(
+    write: Callable[..., None], group: h5py.Group, key: str, value: Any, *, iospec: Any, **_: Any
+) -> None:
+    """Of each part of an AnnData; HDF5 has no checksums of text of any length."""
+    options = {"compression": "gzip"}
+    if "string" not in iospec.encoding_type:
+        options["fletcher32"] = True
+    write(group, key, value, dataset_kwargs=options)
 
 
 def about(

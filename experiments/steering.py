@@ -12,7 +12,6 @@ error of the dictionary stays in the cells unless --nokeep_error. How to read th
 `perturbation`. Gene sets are over the decoder's genes. Table S8 lists terms of at most 400 genes.
 """
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -27,10 +26,11 @@ import extract
 import sae_jax
 from analysis import cells, lens, steering
 from analysis.cells import Expression
-from experiments import cli, folders, perturbation, steering_page
+from experiments import cli, folders, perturbation, steering_page, verify
 from experiments import inputs as reading
 from experiments.perturbation import Design, Subject
-from sae_jax import InputError, files, workdir
+from sae_jax import InputError, files
+from sae_jax.reading import read_object
 
 FLAGS = flags.FLAGS
 
@@ -43,6 +43,7 @@ FILES = {
     "terms.parquet": "experiment x term: three tests of the changed genes",
     "controls.parquet": "experiment x random feature x asked gene: log2 fold change",
     "figures": "candidates, steered, volcano, genes: PNG and PDF",
+    "manifest.json": "size and SHA-256 of every file",
 }
 MISFIT = 0.5  # a decoder whose prediction correlates less with the cells is probably not theirs
 
@@ -82,6 +83,7 @@ def main() -> None:
         if not FLAGS[name].value:
             raise InputError(f"--{name} is needed")
     model = read_decoder(FLAGS.decoder)
+    verify.inputs(FLAGS.dictionary)
     dictionary = sae_jax.Dictionary.load(dictionary_folder(FLAGS.dictionary))
     inputs = reading.read("workdir")
     subject = subject_of(inputs, dictionary, model)
@@ -90,8 +92,7 @@ def main() -> None:
     ranked = perturbation.candidates(subject, z, design)
     subject.decode(subject.x[:1], np.arange(1))  # what it has against them is said now
     fit = agreement(subject, inputs.expression, subject.rows(design.cells[0]))
-    with workdir.locked(out):
-        folders.claim(out, SETTINGS, inputs.settings, FILES)
+    with folders.filled(out, SETTINGS, inputs.settings, FILES):
         run(subject, design, z, ranked, asked, out, [fit, str(subject.sets.coverage)])
     print(f"\n{out}/")
     for name, what in FILES.items():
@@ -189,10 +190,10 @@ def dictionary_folder(path: str) -> Path:
     folder = Path(path)
     if (folder / "dictionary").is_dir() or not (folder / "lens.json").is_file():
         return folder / "dictionary" if (folder / "dictionary").is_dir() else folder
-    try:
-        return Path(json.loads((folder / "lens.json").read_text())["dictionary"])
-    except (ValueError, LookupError, TypeError):
-        raise InputError(f"{folder} is a lens run that has no dictionary yet") from None
+    named = read_object(folder / "lens.json").get("dictionary")
+    if not isinstance(named, str):
+        raise InputError(f"{folder / 'lens.json'} is of a lens run that has no dictionary yet")
+    return Path(named)
 
 
 def subject_of(inputs: reading.Inputs, dictionary: sae_jax.Dictionary, model: Any) -> Subject:

@@ -14,10 +14,13 @@ axes, --config=FILE names a JSON, YAML or Python file (see experiments/configura
 
 The same command again continues where an earlier one stopped or was killed; other settings are
 refused in the same folder. For job arrays: --num_shards=8 --shard_index=$SLURM_ARRAY_TASK_ID, of
-0 .. 7, and the same --workdir for all, in which every shard fills a folder of its own. --multihost
-takes both from what started the processes together: Slurm (srun), Open MPI, or the variables
-JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. They train without each other then,
-so that one lost costs the others nothing; the same command again completes it.
+0 .. 7, and the same --workdir for all, in which every shard fills a folder of its own; shards know
+nothing of each other, so that one lost costs the others nothing, and `sae-jax merge` joins them.
+
+With --multihost several processes train one sweep together, on the devices of all, into one folder
+that all see: they are found by Slurm (srun), Open MPI, `sae-jax launch`, or the variables
+JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. Where one is lost all end, and the
+same command goes on from the last checkpoint, on as many processes as there are then.
 
 It takes about 20 seconds for the 16 configurations above on the 700 cells that ship with scanpy
 (two cores), most of it to compile four programs. It must show the table and figures/frontier.png:
@@ -25,18 +28,16 @@ R² of the held-out rows over their L0, and which configurations nothing else be
 """
 
 import dataclasses
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 from absl import flags
 
 from analysis import plots
-from experiments import cli, configurations, jobs
+from experiments import cli, configurations, jobs, sharding
 from sae_jax import InputError, SAEConfig, distributed, workdir
 
 FLAGS = flags.FLAGS
@@ -48,11 +49,10 @@ FILES = {
     "results.parquet": "one row a configuration: settings and metrics",
     "history.parquet": "one row per configuration and epoch: losses",
     "dictionaries": "one folder a configuration: cfg.json, sae_weights.safetensors",
-    "manifest.json": "size and SHA-256 of every file of the training",
+    "manifest.json": "size and SHA-256 of every file",
     "figures": "frontier: PNG and PDF",
 }
 SHOWN = 8  # rows of the printed table
-OF_SHARD = ("num_shards", "shard_index", "positions")  # settings that differ between shards
 
 
 def define_flags() -> None:
@@ -62,56 +62,52 @@ def define_flags() -> None:
     flags.DEFINE_bool("dry_run", False, "Show what would be trained, and stop.")
     flags.DEFINE_integer("num_shards", 1, "Jobs that the grid is split between.", lower_bound=1)
     flags.DEFINE_integer("shard_index", 0, "This job, from 0.", lower_bound=0)
-    flags.DEFINE_bool("multihost", False, "This is one of several processes started together.")
 
 
 def main() -> None:
     """Runs the program by its flags."""
     # 1. Refuse what is wrong before anything is written.
-    index, shards = which_shard()
+    jobs.join()
+    index, shards = FLAGS.shard_index, FLAGS.num_shards
     out = None if FLAGS.dry_run else check_workdir(index, shards)
     axes = configurations.read_axes()
     rows = jobs.read_rows()
     configs = configurations.read_configs(axes, rows["train"].shape[1])
     jobs.check(configs, rows)
     whole = len(configs)
-    positions = shard(configs, shards, index, len(rows["train"]), FLAGS.epochs)
+    positions = shard(configs, shards, index, len(rows["train"]), FLAGS.epochs, out)
     configs = [configs[position] for position in positions]
     if shards > 1:
         print(f"shard {index} of 0 .. {shards - 1}: {len(configs)} of {whole} configurations")
-    print(configurations.describe(configs))
+    if distributed.is_first():
+        print(configurations.describe(configs))
     if out is None:
         return
-    with workdir.locked(out):
+    with distributed.held_once(workdir.locked(out)):
         jobs.claim(out, SETTINGS, FILES, {"positions": positions} if shards > 1 else {})
 
         # 2. Train. Each program's results are on disk before the next one starts.
         run = jobs.train(configs, rows, out)
 
-    # 3. Draw, and say where everything lies.
-    split = "validation" if "validation" in rows else "train"
-    plots.save(plots.frontier(run.results, split=split), out / "figures", "frontier")
+        # 3. Draw, and say where everything lies.
+        if not distributed.is_first():
+            return
+        split = "validation" if "validation" in rows else "train"
+        plots.save(plots.frontier(run.results, split=split), out / "figures", "frontier")
+        jobs.finish(out, FILES)
     print(f"\n{out}/")
     for name, what in FILES.items():
         print(f"  {name:<20} {what}")
     print(f"\nbest {split} R² at their L0")
     print(best(run.results, split))
-    if (run.results["status"] == "diverged").all():
+    # A shard may well hold nothing else: what the whole is worth, the merge tells.
+    if shards == 1 and (run.results["status"] == "diverged").all():
         raise SystemExit("error: every configuration diverged; lower the learning rates?")
     failed = int((run.results["status"] == "failed").sum())
     if failed:
         raise SystemExit(
             f"error: {failed} configurations failed (see above); the same command tries them again"
         )
-
-
-def which_shard() -> tuple[int, int]:
-    """This job's shard, and how many there are."""
-    if not FLAGS.multihost:
-        return FLAGS.shard_index, FLAGS.num_shards
-    if FLAGS.num_shards > 1 or FLAGS["shard_index"].present:
-        raise InputError("--multihost finds the shards itself: leave out --num_shards")
-    return distributed.one_of_many()
 
 
 def check_workdir(index: int, shards: int) -> Path:
@@ -139,39 +135,37 @@ def check_siblings(out: Path, index: int, shards: int) -> None:
     for path in there:
         if path.name == f"shard-{index:03d}-of-{shards:03d}" or not (path / SETTINGS).is_file():
             continue
-        theirs = json.loads((path / SETTINGS).read_text())
-        if changes := workdir.difference(alike(theirs), alike(ours)):
+        theirs = sharding.read_settings(path / SETTINGS)
+        if changes := workdir.difference(sharding.alike(theirs), sharding.alike(ours)):
             raise InputError(f"{path} is a shard of another sweep:\n  {changes}")
 
 
-def alike(settings: dict[str, Any]) -> dict[str, Any]:
-    """What all shards of a sweep are asked for alike."""
-    return {key: value for key, value in settings.items() if key not in OF_SHARD}
-
-
 def shard(
-    configs: Sequence[SAEConfig], shards: int, index: int, rows: int, epochs: int
+    configs: Sequence[SAEConfig],
+    shards: int,
+    index: int,
+    rows: int,
+    epochs: int,
+    out: Path | None = None,
 ) -> list[int]:
     """Positions of one shard's configurations, ascending: together the shards are the whole, once.
 
-    By estimated cost, n_latents * batch * steps, the longest first, each to the shard that has the
-    least so far.
+    Those that its folder `out` notes, if it was begun (by another version, perhaps, which split the
+    grid otherwise); else by `sharding.split`.
     """
     if index >= shards:
         raise InputError(f"--shard_index={index} must be less than --num_shards={shards}")
-    if shards > len(configs):
-        raise InputError(f"--num_shards={shards} is more than the {len(configs)} configurations")
-    costs = [
-        config.n_latents * config.batch_size * (epochs * (rows // config.batch_size))
-        for config in configs
-    ]
-    loads, ours = [0] * shards, []
-    for position in sorted(range(len(configs)), key=lambda i: (-costs[i], i)):
-        lightest = loads.index(min(loads))
-        loads[lightest] += costs[position]
-        if lightest == index:
-            ours.append(position)
-    return sorted(ours)
+    positions = sharding.split(configs, shards, rows, epochs)[index]
+    if shards == 1 or out is None:
+        return positions
+    begun = {
+        path.parent: [at for at in sharding.read_settings(path)["positions"] if at < len(configs)]
+        for path in sorted(out.parent.glob(f"shard-*/{SETTINGS}"))
+    }
+    if FLAGS.overwrite or out not in begun:
+        begun[out] = positions
+    sharding.check_apart(begun)
+    return begun[out]
 
 
 def best(results: pd.DataFrame, split: str) -> str:

@@ -17,7 +17,7 @@ from absl import flags
 
 from analysis import plots
 from experiments import cli, configurations, jobs
-from sae_jax import InputError, workdir
+from sae_jax import InputError, distributed, workdir
 
 FLAGS = flags.FLAGS
 
@@ -28,7 +28,7 @@ FILES = {
     "results.parquet": "one row: settings and metrics",
     "history.parquet": "one row an epoch: losses",
     "dictionaries": "0000/: cfg.json, sae_weights.safetensors",
-    "manifest.json": "size and SHA-256 of every file of the training",
+    "manifest.json": "size and SHA-256 of every file",
     "figures": "training: PNG and PDF",
 }
 
@@ -44,6 +44,7 @@ def main() -> None:
     # 1. Refuse what is wrong before anything is written.
     if not FLAGS.workdir:
         raise InputError("--workdir is needed: the folder to fill")
+    jobs.join()
     out = jobs.check_workdir(Path(FLAGS.workdir), SETTINGS)
     axes = configurations.read_axes()
     rows = jobs.read_rows()
@@ -53,14 +54,17 @@ def main() -> None:
             f"these flags make {len(configs)} configurations; `sae-jax sweep` trains them all"
         )
     jobs.check(configs, rows)
-    with workdir.locked(out):
+    with distributed.held_once(workdir.locked(out)):
         jobs.claim(out, SETTINGS, FILES)
 
         # 2. Train.
         run = jobs.train(configs, rows, out)
 
-    # 3. Draw, and say where everything lies and what came out.
-    plots.save(plots.training(run.history), out / "figures", "training")
+        # 3. Draw, and say where everything lies and what came out.
+        if not distributed.is_first():
+            return
+        plots.save(plots.training(run.history), out / "figures", "training")
+        jobs.finish(out, FILES)
     print(f"\n{out}/")
     for name, what in FILES.items():
         print(f"  {name:<20} {what}")

@@ -8,16 +8,15 @@ import re
 import types
 import warnings
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
 import safetensors.torch
 import torch
 
-from extract.errors import InputError, listed
+from extract.errors import InputError, check_file, listed, one_line, reading
 from extract.hashing import sha256
 
 _LARGEST_JSON = 2**28  # bytes; the largest of the authors', of a vocabulary, has some millions
@@ -29,7 +28,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     Raises:
       InputError: no such file, damage, a pickle that holds more than tensors, not a state_dict.
     """
-    _must_exist(path)
+    check_file(path)
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
@@ -38,44 +37,50 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
         raise InputError(
             f"{path} is refused: it holds more than tensors, or is damaged ({_reason(error)})"
         ) from None
-    except (safetensors.SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
+    except Exception as error:  # a damaged file raises nearly anything
         raise InputError(f"{path} is damaged or no torch file: {_reason(error)}") from None
     if not isinstance(found, Mapping):
         raise InputError(f"{path} holds a {type(found).__name__}, not a dictionary of tensors")
-    return {str(name): value for name, value in found.items() if isinstance(value, torch.Tensor)}
+    tensors = {str(name): v for name, v in found.items() if isinstance(v, torch.Tensor)}
+    if odd := [name for name, v in tensors.items() if v.layout != torch.strided or v.is_quantized]:
+        raise InputError(f"{path} holds sparse or quantised tensors: {listed(odd)}")
+    return tensors
 
 
 def _reason(error: Exception) -> str:
     text = str(error)
     for line in text.splitlines():
         if "GLOBAL" in line or "Unsupported" in line or "Can only" in line:
-            return line.strip()
-    return (text.splitlines() or [type(error).__name__])[0]
+            return one_line(line)
+    return one_line((text.splitlines() or [""])[0]) or one_line(error)
 
 
-def _must_exist(path: Path) -> None:
-    if not path.is_file():
-        there = sorted(p.name for p in path.parent.glob("*")) if path.parent.is_dir() else []
-        raise InputError(f"there is no {path}; its folder holds {listed(there, 10) or 'nothing'}")
-
-
-def load_into(
-    module: torch.nn.Module,
+def filled(
+    build: Callable[[], torch.nn.Module],
     weights: Mapping[str, torch.Tensor],
     path: Path,
+    settings: Path,
     *,
+    layers: Any = 1,
     quiet: str | tuple[str, ...] = (),
-) -> None:
-    """Copy weights into `module`, exactly its names and shapes; extra names are warned of.
+) -> torch.nn.Module:
+    """What `build` makes, with weights of exactly its names and shapes; extra names are warned of.
+
+    It is built without memory first: the sizes that `settings` gives may be any.
 
     Args:
+      path: of the weights. settings: the file that sizes come from.
+      layers: how many of them `build` will make: no more than there are weights.
       quiet: prefixes of names that are known to be of no use here, not worth a warning.
 
     Raises:
       InputError: names that are missing, shapes that differ, values that are not finite (all of
         them are named).
     """
-    wanted = module.state_dict()
+    if isinstance(layers, int) and layers > len(weights):
+        raise InputError(f"{settings} asks for {layers} layers, {path} has {len(weights)} tensors")
+    with torch.device("meta"), reading(settings, "is refused"):
+        wanted = build().state_dict()
     wrong = [f"{name} is missing" for name in wanted if name not in weights]
     for name, tensor in wanted.items():
         if name not in weights:
@@ -90,7 +95,9 @@ def load_into(
     extra = [name for name in weights if name not in wanted and not name.startswith(quiet)]
     if extra:
         warnings.warn(f"{path}: not used: {listed(extra, 10)}", stacklevel=3)
+    module = build()
     module.load_state_dict({name: weights[name] for name in wanted})
+    return module
 
 
 class Inert:
@@ -192,7 +199,7 @@ def read_pickle(path: Path) -> Any:
     Raises:
       InputError: no such file, damage, or anything beyond that allow-list (it is named).
     """
-    _must_exist(path)
+    check_file(path)
     try:
         with path.open("rb") as file:
             return _Unpickler(file).load()
@@ -209,10 +216,10 @@ def read_torch_allowing(path: Path, inert: Iterable[str]) -> Any:
     Raises:
       InputError: no such file, damage, a name beyond the allow-list.
     """
-    _must_exist(path)
+    check_file(path)
     if not zipfile.is_zipfile(path):
         raise InputError(f"{path} is no torch file of today's format (a zip), or is truncated")
-    with zipfile.ZipFile(path) as archive:
+    with reading(path), zipfile.ZipFile(path) as archive:
         if any(name.endswith("/constants.pkl") for name in archive.namelist()):
             raise InputError(f"{path} is refused: it is a TorchScript program, not weights")
     unpickler = type("Unpickler", (_Unpickler,), {"inert": tuple(inert), "tensors": True})
@@ -231,15 +238,13 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
       InputError: no such file, more than 256 MiB, not JSON, not an object.
     """
-    _must_exist(path)
+    check_file(path)
     if (size := path.stat().st_size) > _LARGEST_JSON:
         raise InputError(
             f"{path} has {size / 2**20:.3g} MiB: too much for settings or a dictionary of genes"
         )
-    try:
+    with reading(path, "is no JSON"):
         found = json.loads(path.read_bytes())
-    except (ValueError, RecursionError, OSError) as error:
-        raise InputError(f"{path} is no JSON: {_reason(error)}") from None
     if not isinstance(found, dict):
         raise InputError(f"{path} holds a {type(found).__name__}, not an object")
     return found

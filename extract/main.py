@@ -8,7 +8,6 @@ it would do: gene coverage, sequence lengths, size, time.
 """
 
 import concurrent.futures
-import errno
 import json
 import logging as python_logging
 import re
@@ -25,7 +24,7 @@ from absl import app, flags, logging
 from tqdm import tqdm
 
 import extract
-from extract import InputError, cells, provenance, store
+from extract import InputError, cells, disk, provenance, store
 from extract.models.base import Layer, Model, Plan, refuse_empty
 from extract.tokens import token_table
 
@@ -302,12 +301,11 @@ def run(arguments: Sequence[str]) -> None:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        if not full and not isinstance(error, PermissionError):
+    except Exception as error:  # of a full disk each library makes another kind
+        told = disk.message(error, Path(FLAGS.flag_values_dict().get("output") or "."))
+        if told is None:
             raise
-        advice = "make room" if full else "change that"
-        print(f"error: {error}; {advice} and give the same command again", file=sys.stderr)
+        print(f"error: {told}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)

@@ -5,13 +5,12 @@ NAME.zarr   X [rows, d_model]; obs: the file's rows, order and names (under pool
             reads it, and so does sae_jax.
 
 Chunks carry crc32c, and one that is missing reads as NaN. A deleted or cut chunk would still go
-unnoticed, so the root's attributes hold a manifest, written last: size and SHA-256 of every file.
-While it grows a store lies in `.extracting`, beside the list of blocks that are done.
+unnoticed, so there is a manifest of every file, written last. While it grows a store lies in
+`.extracting`, beside the list of blocks that are done.
 """
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import shutil
@@ -26,12 +25,12 @@ import pandas as pd
 import zarr
 import zarr.codecs
 
+from extract import disk, lock, manifest
 from extract.errors import InputError, listed
-from extract.hashing import rows_hash, sha256
+from extract.hashing import rows_hash
 from extract.provenance import differences
 
 DTYPES = ("float32", "bfloat16", "float16")
-_MANIFEST = "extraction-manifest"
 _CHUNK_BYTES = 4 << 20
 BLOCK_BYTES = 512 << 20  # of output, all layers together: what is in memory at a time
 BLOCK_CELLS = 4096  # at most; their expression is in memory too
@@ -68,14 +67,14 @@ class Store:
         Raises:
           InputError: a file that is not what was written.
         """
-        for name, (_, expected) in _manifest(zarr.open_group(self.path, mode="r"), self.path):
-            if sha256(self.path / name) != expected:
-                raise InputError(f"{self.path}: {name} is not what was written: extract it again")
+        manifest.check(self.path, "full")
 
 
-def open(path: str | os.PathLike[str]) -> Store:  # `extract.store.open(path)` is meant
-    """Open a store lazily, after a quick check: its files are there and whole, its names are those
-    that were written, and the ends of X are finite (but for cells that are named as empty).
+def open(path: str | os.PathLike[str], level: manifest.Level = "size") -> Store:
+    """Open a store lazily, after a check: its files are there and whole, its names are those that
+    were written, and the ends of X are finite (but for cells that are named as empty).
+
+    level: "size": of every file; "full": every byte.
 
     Raises:
       InputError: no store, one that is unfinished or damaged.
@@ -84,11 +83,8 @@ def open(path: str | os.PathLike[str]) -> Store:  # `extract.store.open(path)` i
     if not (path / "zarr.json").is_file():
         raise InputError(f"{path} is no extraction store (there is no zarr.json in it)")
     try:
+        manifest.check(path, level)
         root = zarr.open_group(path, mode="r")
-        for name, (size, _) in _manifest(root, path):
-            file = path / name
-            if not file.is_file() or file.stat().st_size != size:
-                raise InputError(f"{path}: {name} is missing or cut; extract it again")
         x, obs = root["X"], anndata.io.read_elem(root["obs"])
         extraction = anndata.io.read_elem(root["uns/extraction"])
         if (
@@ -105,13 +101,6 @@ def open(path: str | os.PathLike[str]) -> Store:  # `extract.store.open(path)` i
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{path} is damaged: {reason}") from None
     return Store(path, x, obs, extraction)
-
-
-def _manifest(root: zarr.Group, path: Path) -> Iterator[tuple[str, tuple[int, str]]]:
-    manifest = root.attrs.get(_MANIFEST)
-    if manifest is None:
-        raise InputError(f"{path} was not finished: run the same command again")
-    return iter(manifest.items())
 
 
 def _not_finite(values: np.ndarray, obs: pd.DataFrame, extraction: dict[str, Any]) -> list[str]:
@@ -188,7 +177,7 @@ class Writer:
                 self._create(name, width, {**extraction, "layer": layer})
             for path in self.aside.rglob("*"):
                 if path.is_file():
-                    _sync(path)
+                    manifest.sync(path)
             self._save_progress()
         ends = np.concatenate([[0], np.cumsum(rows)])[self._bounds].tolist()
         self.blocks = [
@@ -248,10 +237,11 @@ class Writer:
         var = pd.DataFrame(index=[f"d{i}" for i in range(width)])
         parts = {"obs": self._obs, "var": var, "uns": {"extraction": extraction}}
         parts |= {key: {} for key in ("layers", "obsm", "varm", "obsp", "varp")}
+        checked = {"compressors": [zarr.codecs.ZstdCodec(), zarr.codecs.Crc32cCodec()]}
         with warnings.catch_warnings():  # of anndata about a default to come
             warnings.filterwarnings("ignore", message=".*autosharding")
             for key, part in parts.items():
-                anndata.io.write_elem(root, key, part)
+                anndata.io.write_elem(root, key, part, dataset_kwargs=checked)
 
     def write(self, block: int, rows: slice, values: dict[str, np.ndarray]) -> None:
         """Rows of every layer, by its name; on disk before `block` is remembered as done.
@@ -267,11 +257,12 @@ class Writer:
                     f"{self.dtype} ({listed(cells)}); leave these cells out, or give wider --dtype "
                     "and --store_dtype if it is for them"
                 )
-            array[rows] = part
-            for number in self._chunks(name, rows):
-                file = self._chunk(name, number)
-                for path in (file, file.parent, file.parent.parent):
-                    _sync(path)
+            with disk.named(self.folder / f"{name}.zarr", part.nbytes):
+                array[rows] = part
+                for number in self._chunks(name, rows):
+                    file = self._chunk(name, number)
+                    for path in (file, file.parent, file.parent.parent):
+                        manifest.sync(path)
         self.done.add(block)
         self._save_progress()
 
@@ -315,7 +306,7 @@ class Writer:
             file.flush()
             os.fsync(file.fileno())
         fresh.replace(self._progress)
-        _sync(self.aside)
+        manifest.sync(self.aside)
 
     def finish(self) -> list[Path]:
         """Put the stores in their place, each with its manifest.
@@ -332,14 +323,11 @@ class Writer:
             )
         for name in self.layers:
             path, target = self.aside / f"{name}.zarr", self.folder / f"{name}.zarr"
-            files = sorted(p for p in path.rglob("*") if p.is_file() and p.parent != path)
-            manifest = {str(p.relative_to(path)): [p.stat().st_size, sha256(p)] for p in files}
-            zarr.open_group(path, mode="r+").attrs[_MANIFEST] = manifest
-            _sync(path / "zarr.json")
+            manifest.write(path)
             if target.exists():  # to be overwritten, or `finished` had refused it
                 target.rename(self.aside / f"{name}.replaced")
             path.rename(target)
-        _sync(self.folder)
+        manifest.sync(self.folder)
         shutil.rmtree(self.aside)
         return [self.folder / f"{name}.zarr" for name in self.layers]
 
@@ -354,14 +342,6 @@ def _bounds(rows: np.ndarray, most: int) -> list[int]:
         fit = int(np.searchsorted(ends, before + most, side="right"))
         bounds.append(min(max(fit, begin + 1), begin + BLOCK_CELLS, len(rows)))
     return bounds
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def finished(
@@ -411,34 +391,25 @@ def check_writable(folder: Path) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Nobody else fills the folder meanwhile; ends with the process. No lock where there are none.
+    """Nobody else fills the folder meanwhile: see `lock.held`.
 
     What a kill left that is of no use is deleted.
 
     Raises:
-      InputError: another process fills it, or it cannot be made or written to.
+      InputError: another process fills it, which is named, or it cannot be made or written to.
     """
     check_writable(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
         raise InputError(f"{folder} cannot be written to ({error.strerror})") from None
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{folder} is being filled by another process") from None
-        except OSError:
-            pass  # a file system without locks
+    with lock.held(folder):
         aside = folder / ".extracting"
         if aside.is_dir() and not (
             (aside / "progress.json").is_file() and any(aside.glob("*.zarr"))
         ):
             shutil.rmtree(aside)  # killed when it had just begun, or was done but for this
         yield
-    finally:
-        os.close(handle)
 
 
 def export_npy(path: Path) -> list[Path]:
@@ -446,19 +417,22 @@ def export_npy(path: Path) -> list[Path]:
     store = open(path)
     targets = [path.with_suffix(".npy"), path.with_suffix(".names.txt")]
     aside = [target.with_name(f"{target.name}.writing") for target in targets]
-    out = np.lib.format.open_memmap(aside[0], mode="w+", dtype=store.X.dtype, shape=store.shape)
-    with aside[1].open("w") as names:
+    with aside[0].open("wb") as out, aside[1].open("w") as names:
+        header = np.lib.format.header_data_from_array_1_0(np.empty((0, 0), store.X.dtype))
+        np.lib.format.write_array_header_1_0(out, header | {"shape": store.shape})
         for start in range(0, store.shape[0], store.X.chunks[0]):
             rows = slice(start, start + store.X.chunks[0])
-            out[rows] = store.X[rows]
+            out.write(np.ascontiguousarray(store.X[rows]).tobytes())
             obs = store.obs.iloc[rows]
             lines = obs.index
             if store.extraction["pooling"] == "tokens":
                 lines = obs["cell"].astype(str) + "\t" + obs["gene"].astype(str)
             names.writelines(f"{line}\n" for line in lines)
-    out.flush()
+    for written in aside:
+        manifest.sync(written)
     for written, target in zip(aside, targets, strict=True):
         written.replace(target)
+    manifest.sync(path.parent)
     return targets
 
 

@@ -138,6 +138,7 @@ PRESETS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 
 # Ranges of the numeric fields: the least integer; whether a real must be above 0 or may be 0.
 MOST = 2**31 - 1  # of what XLA counts in 32 bits
+FLOAT32 = np.finfo(np.float32)
 INTEGERS = {
     "d_in": 1, "n_latents": 1, "batch_size": 1, "levels": 1, "lr_warmup": 0, "l1_warmup": 0,
     "l0_warmup": 0, "dead_steps": 1, "resample_every": 1,
@@ -294,6 +295,8 @@ class SAEConfig(Architecture):
             if not (math.isfinite(value) and (value > 0 if positive else value >= 0)):
                 bound = "above 0" if positive else "at least 0"
                 raise InputError(f"{field}={value!r} must be finite and {bound}")
+            if value and not float(FLOAT32.tiny) <= value <= float(FLOAT32.max):
+                raise InputError(f"{field}={value!r} is no number in float32")
         for field in ("k", "target_l0", "k_aux"):
             choice, values = next(iter(USED_WITH[field].items()))
             chosen = getattr(self, choice)

@@ -9,8 +9,11 @@ import numpy as np
 import scipy.sparse
 
 from sae_jax.errors import InputError
+from sae_jax.reading import check_file, reading
 from sae_jax.state import Normalizer
-from sae_jax.streaming import Csr, Rows, check_matrix, encoding, float_dtype, readable
+from sae_jax.streaming import Csr, Rows, check_matrix, encoding, float_dtype
+
+LEAST = float(np.finfo(np.float32).tiny / np.finfo(np.float32).eps)  # in full float32 precision
 
 _SPLITS = {name: name for name in ("train", "validation", "test")}
 _SPLITS |= {"val": "validation", "valid": "validation"}
@@ -25,21 +28,31 @@ def check_rows(
     that these are, for messages.
 
     Raises:
-      InputError: not two-dimensional, not numbers, of another width than d_in, empty, or with
-        values that are NaN or infinite (how many, in which rows first).
+      InputError: not two-dimensional, not numbers, of another width than d_in, empty, with values
+        that are NaN or infinite (how many, in which rows first), or all so small that float32 takes
+        them for 0.
     """
     if not (isinstance(x, Rows) or scipy.sparse.issparse(x)):
         x = np.asarray(x)
     check_matrix(x, name, d_in)
     if isinstance(x, Rows):
-        scan(x, name)
+        _check_size(scan(x, name).largest, name)
         return x
     x = np.ascontiguousarray(x, float_dtype(x.dtype))
     finite = np.isfinite(x)
     if not finite.all():
         bad = np.nonzero(~finite)[0]
         raise not_finite(name, bad if positions is None else positions[bad], len(x))
+    _check_size(max(-float(x.min()), float(x.max())), name)
     return x
+
+
+def _check_size(largest: float, name: str) -> None:
+    if 0 < largest < LEAST:
+        raise InputError(
+            f"{name} holds no value beyond {largest:.2g}: float32 computes with such as if they "
+            "were 0; multiply all by one factor"
+        )
 
 
 def not_finite(name: str, positions: np.ndarray, rows: int) -> InputError:
@@ -88,10 +101,12 @@ def split_by(labels: Any) -> dict[str, np.ndarray]:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What one pass over rows finds out: `fingerprint`, and of each dimension, float64 [d_in], the
-    mean, the sum of squared deviations from it, and whether it varies at all (bool)."""
+    """What one pass over rows finds out: `fingerprint`, the largest absolute value, and of each
+    dimension, float64 [d_in], the mean, the sum of squared deviations from it, and whether it
+    varies at all (bool)."""
 
     fingerprint: dict[str, Any]
+    largest: float
     mean: np.ndarray
     deviation: np.ndarray
     varies: np.ndarray
@@ -123,39 +138,48 @@ def scan(rows: Rows, name: str | None = None) -> Summary:
         low, high = np.minimum(low, block.min(axis=0)), np.maximum(high, block.max(axis=0))
         block = block.astype(np.float64)
         shift = block.mean(axis=0) - mean
-        deviation += np.square(block - block.mean(axis=0)).sum(axis=0)
-        deviation += np.square(shift) * (start * len(block) / (start + len(block)))
+        with np.errstate(over="ignore", invalid="ignore"):  # squares that float64 has not
+            deviation += np.square(block - block.mean(axis=0)).sum(axis=0)
+            deviation += np.square(shift) * (start * len(block) / (start + len(block)))
         mean += shift * (len(block) / (start + len(block)))
     if values:
         where = first if rows.positions is None else rows.positions[first]
         raise _not_finite(name or rows.name, values, bad, where, len(rows))
     about = {"shape": list(rows.shape), "dtype": str(rows.dtype), "sha256": digest.hexdigest()}
-    rows.summary = Summary(about, mean, deviation, high > low)
+    largest = max(-float(low.min()), float(high.max()))
+    rows.summary = Summary(about, largest, mean, deviation, high > low)
     return rows.summary
 
 
 def fit_normalizer(x: np.ndarray | Rows, kind: str) -> Normalizer | None:
     """Statistics of `input_normalization`, in float64 over the rows of x [rows, d_in].
 
-    A dimension (or a matrix) without variation is left at scale 1.
+    A dimension (or a matrix) without variation is left at scale 1, as is one whose variation
+    float32 takes for 0.
+
+    Raises:
+      InputError: values whose squares float64 cannot hold.
     """
     if kind == "none":
         return None
-    if isinstance(x, Rows):
-        found = scan(x)
-        mean, variance, varies = found.mean, found.deviation / len(x), found.varies
-        scale, power = np.sqrt(variance), np.mean(variance + np.square(mean))
-    elif kind == "zscore":
-        mean, scale = x.mean(axis=0, dtype=np.float64), x.std(axis=0, dtype=np.float64)
-        varies = x.max(axis=0) > x.min(axis=0)
-    else:
-        power = np.mean(np.square(x, dtype=np.float64))
+    with np.errstate(over="ignore"):
+        if isinstance(x, Rows):
+            found = scan(x)
+            mean, variance, varies = found.mean, found.deviation / len(x), found.varies
+            scale, power = np.sqrt(variance), np.mean(variance + np.square(mean))
+        elif kind == "zscore":
+            mean, scale = x.mean(axis=0, dtype=np.float64), x.std(axis=0, dtype=np.float64)
+            varies = x.max(axis=0) > x.min(axis=0)
+        else:
+            power = np.mean(np.square(x, dtype=np.float64))
     if kind == "zscore":
         # The rounded mean of a constant leaves a deviation of 1e-17 that must not be divided by.
         scale = np.where(varies, scale, 1)
     else:
         mean, scale = np.zeros(x.shape[1]), np.full(x.shape[1], np.sqrt(power))
-    scale = np.where(scale > 0, scale, 1)
+    if not np.isfinite(scale).all():
+        raise InputError(f"{kind} needs the squares of values so large that float64 has none")
+    scale = np.where(scale >= LEAST, scale, 1)
     return Normalizer(mean=mean.astype(x.dtype), scale=scale.astype(x.dtype))
 
 
@@ -170,9 +194,9 @@ def fingerprint(x: np.ndarray | Rows) -> dict[str, Any]:
 def load(source: str) -> np.ndarray:
     """All rows of `open_rows`, by `check_rows`; also of a matrix that is stored by columns."""
     node = _find(source)
-    if encoding(node) != "csc_matrix":
-        return check_rows(np.asarray(Rows(node, source)), source)
-    with readable(source):
+    with reading(source):
+        if encoding(node) != "csc_matrix":
+            return check_rows(np.asarray(Rows(node, source)), source)
         across = Csr(node, tuple(node.attrs["shape"])[::-1])
         check_matrix(across, source)
         return check_rows(across[0 : across.shape[0]].T, source)
@@ -203,7 +227,7 @@ def load_obs(source: str, column: str) -> np.ndarray:
     if path.endswith(".npy"):
         raise InputError(f"{path} has no obs; name an .h5ad or .zarr file")
     root = _open_store(path)
-    with readable(f"{path}: obs"):
+    with reading(f"{path}: obs"):
         obs = root.get("obs")
         names = getattr(getattr(obs, "dtype", None), "names", None)  # one table, before anndata 0.7
         there = set(names or obs or ()) - {"__categories"}
@@ -233,7 +257,7 @@ def provenance(source: str) -> dict[str, Any]:
     if path.endswith(".npy"):
         return {}
     root = _open_store(path)
-    with readable(f"{path}: uns/extraction"):
+    with reading(f"{path}: uns/extraction"):
         node = root.get("uns/extraction")
         return {} if node is None else _plain(node)
 
@@ -273,12 +297,11 @@ def _find(source: str) -> Any:
     if path.endswith(".npy"):
         if ":" in source:
             raise InputError(f"{source}: an .npy file is one array; leave out what follows it")
-        try:  # of the format alone: np.load would take a zip archive or a pickle
-            return np.lib.format.open_memmap(path, mode="r")
-        except (ValueError, EOFError, OSError) as error:
-            raise InputError(f"{path} is no readable .npy file: {error}") from error
+        # Of the format alone: np.load would take a zip archive or a pickle.
+        with reading(path, "is no readable .npy file"):
+            return np.lib.format.open_memmap(check_file(path), mode="r")
     root = _open_store(path)
-    with readable(path):
+    with reading(path):
         obsm = root.get("obsm", {})
         table = getattr(getattr(obsm, "dtype", None), "names", None)  # before anndata 0.7
         if table and inside.removeprefix("obsm/") in table:
@@ -292,11 +315,11 @@ def _find(source: str) -> Any:
 
 def _open_store(path: str) -> Any:
     """The root group of an h5ad or zarr file."""
-    with readable(path):
+    with reading(path):
         if path.endswith(".h5ad"):
             import h5py
 
-            return h5py.File(path, "r")
+            return h5py.File(check_file(path), "r")
         if path.rstrip("/").endswith(".zarr"):
             import zarr
 

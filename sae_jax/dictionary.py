@@ -12,16 +12,16 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 import safetensors.numpy
 import scipy.sparse
 
 from sae_jax import data, files, models
 from sae_jax.config import Architecture, SAEConfig
-from sae_jax.errors import InputError
+from sae_jax.errors import InputError, brief
+from sae_jax.reading import read_object, reading
 from sae_jax.state import Hyperparams, Normalizer, Params, hyperparams
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had no hash of cfg.json
 ROWS_AT_A_TIME = 1024  # one compiled shape; short pieces are padded to it
 
 # Names on disk are those that SAELens' readers know: rows times matrices.
@@ -255,8 +255,8 @@ class Dictionary:
             content = safetensors.numpy.save(tensors)  # whose file writer hides why it failed
             (folder / "sae_weights.safetensors").write_bytes(content)
             cfg["weights_sha256"] = _sha256(folder / "sae_weights.safetensors")
-            text = json.dumps(cfg, indent=1, allow_nan=False)
-            (folder / "cfg.json").write_text(text + "\n")
+            cfg["cfg_sha256"] = hashlib.sha256(files.to_json(cfg).encode()).hexdigest()
+            (folder / "cfg.json").write_text(files.to_json(cfg))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
@@ -270,16 +270,14 @@ class Dictionary:
         for name in ("cfg.json", "sae_weights.safetensors"):
             if not (path / name).is_file():
                 raise InputError(f"{path} holds no saved dictionary: {path / name} is missing")
-        try:
-            cfg = json.loads((path / "cfg.json").read_text())
+        cfg = read_object(path / "cfg.json")
+        with reading(path / "sae_weights.safetensors"):
             tensors = safetensors.numpy.load_file(path / "sae_weights.safetensors")
-        except (ValueError, RecursionError, safetensors.SafetensorError) as error:
-            raise InputError(f"{path} holds a damaged dictionary: {error}") from None
-        if not isinstance(cfg, dict) or cfg.get("format") != "sae_jax.Dictionary":
+        if cfg.get("format") != "sae_jax.Dictionary":
             raise InputError(f"{path / 'cfg.json'} was not written by sae_jax")
         for key, kind in _CFG_TYPES.items():
             if not isinstance(cfg.get(key), kind):
-                raise InputError(f"{path / 'cfg.json'} is damaged: {key} is {cfg.get(key)!r}")
+                raise InputError(f"{path / 'cfg.json'} is damaged: {key} is {brief(cfg.get(key))}")
         if cfg["format_version"] > FORMAT_VERSION:
             raise InputError(
                 f"{path} has format version {cfg['format_version']}, this sae_jax reads up to "
@@ -287,8 +285,11 @@ class Dictionary:
             )
         if cfg["weights_sha256"] != _sha256(path / "sae_weights.safetensors"):
             raise InputError(f"{path / 'sae_weights.safetensors'} is not what was saved: damaged?")
-        config = SAEConfig.from_dict(cfg["config"])
+        with reading(path / "cfg.json"):
+            config = SAEConfig.from_dict(cfg["config"])
         _check_tensors(tensors, config, cfg["dtype"], path)
+        if cfg["format_version"] != 1:
+            _check_cfg(path / "cfg.json")
         normalizer = None
         if config.input_normalization != "none":
             normalizer = Normalizer(mean=tensors["input_mean"], scale=tensors["input_scale"])
@@ -373,6 +374,15 @@ def _check_values(name: str, given: Any, features: int) -> np.ndarray:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_cfg(path: Path) -> None:
+    """Every byte of cfg.json is as it was saved: its own hash is that of all that comes before."""
+    text = path.read_text()
+    cfg = json.loads(text)
+    written, digest = files.to_json(cfg), cfg.pop("cfg_sha256", None)
+    if text != written or digest != hashlib.sha256(files.to_json(cfg).encode()).hexdigest():
+        raise InputError(f"{path} is not what was saved: damaged, or edited?")
 
 
 def _check_tensors(

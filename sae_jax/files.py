@@ -1,6 +1,7 @@
 """Writing so that a file or folder is there whole or not at all."""
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -9,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sae_jax import disk
+from sae_jax.disk import DiskError
 from sae_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -16,23 +19,32 @@ if TYPE_CHECKING:
 
 
 ASIDE = ".writing-"  # begins the name of what is not finished
+_TRIAL = 64 << 10  # bytes
+_pinned: dict[Path, tuple[int, int]] = {}
 
 
 @contextlib.contextmanager
 def write_aside(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a path to write a file or a folder at; on success it takes the place of `path`.
 
-    What is written is flushed to the disk before it is renamed. If the body raises, nothing is left
-    and what `path` held before is untouched.
+    What is written is flushed to the disk before it is renamed, and the rename after it. If the
+    body raises, nothing is left and what `path` held before is untouched.
+
+    Raises:
+      DiskError: the disk takes no more, has become read-only or is gone, whatever the body raised
+        because of it.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f"{ASIDE}{path.name}.", dir=path.parent))
+    aside = None
     try:
+        _check_pinned(path)
+        make_folder(path.parent)
+        aside = Path(tempfile.mkdtemp(prefix=f"{ASIDE}{path.name}.", dir=path.parent))
         fresh = aside / path.name
         yield fresh
-        for written in [fresh, *fresh.rglob("*")]:
-            _flush(written)
+        for each in [fresh, *fresh.rglob("*")]:
+            sync(each)
+        _check_pinned(path)
         if path.is_dir():  # a folder cannot be replaced in one call: move the old one out first
             path.rename(aside / "replaced")
         try:
@@ -41,9 +53,59 @@ def write_aside(path: str | os.PathLike[str]) -> Iterator[Path]:
             if (aside / "replaced").exists():
                 (aside / "replaced").rename(path)
             raise
-        _flush(path.parent)
+        sync(path.parent)
+    except (InputError, DiskError):
+        raise
+    except Exception as error:
+        written = None if aside is None else _size(aside)
+        number = disk.refused(error)
+        if number is None and aside is not None:
+            number = _refused_now(aside)  # PyTorch, say, tells nothing of the reason
+        if number is None:
+            raise
+        raise DiskError(number, path, written=written) from error
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        if aside is not None:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, each on the disk when this returns."""
+    missing = [each for each in (path, *path.absolute().parents) if not each.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for each in missing:
+        sync(each.parent)
+
+
+@contextlib.contextmanager
+def pinned(folder: Path) -> Iterator[None]:
+    """Nothing is written below the folder meanwhile if another one has taken its place.
+
+    An unmounted disk leaves an empty folder of the same name, which would be filled instead.
+    """
+    key = folder.resolve()
+    if key in _pinned:
+        yield
+        return
+    there = folder.stat()
+    _pinned[key] = (there.st_dev, there.st_ino)
+    try:
+        yield
+    finally:
+        del _pinned[key]
+
+
+def _check_pinned(path: Path) -> None:
+    for parent in path.absolute().parents if _pinned else ():
+        wanted = _pinned.get(parent) or _pinned.get(parent.resolve())
+        if wanted is None:
+            continue
+        try:
+            found = parent.stat()
+        except FileNotFoundError:
+            raise DiskError(errno.ENODEV, path) from None
+        if (found.st_dev, found.st_ino) != wanted:
+            raise DiskError(errno.ENODEV, path)
 
 
 def check_writable(path: Path) -> None:
@@ -54,8 +116,10 @@ def check_writable(path: Path) -> None:
             parent = parent.parent
         if not parent.is_dir():
             raise InputError(f"{parent} is no folder; a folder is needed for {path}")
-        with tempfile.TemporaryDirectory(prefix=".writable.", dir=parent) as trial:
-            (Path(trial) / path.name).touch()
+        with contextlib.suppress(FileNotFoundError):
+            path.lstat()  # a name that is too long, say
+        with tempfile.TemporaryFile(dir=parent):  # without a name (Linux): a kill leaves nothing
+            pass
     except OSError as error:
         reason = error.strerror or error
         raise InputError(f"{path} cannot be written to ({reason}); choose another") from None
@@ -83,7 +147,12 @@ def remove(path: str | os.PathLike[str]) -> None:
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Indented JSON; NaN is refused."""
     with write_aside(path) as fresh:
-        fresh.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+        fresh.write_text(to_json(value))
+
+
+def to_json(value: Any) -> str:
+    """The text of `write_json`."""
+    return json.dumps(value, indent=1, allow_nan=False) + "\n"
 
 
 def write_parquet(path: str | os.PathLike[str], table: "pd.DataFrame") -> None:
@@ -92,9 +161,47 @@ def write_parquet(path: str | os.PathLike[str], table: "pd.DataFrame") -> None:
         table.to_parquet(fresh, index=False, write_page_checksum=True)
 
 
-def _flush(path: Path) -> None:
+def read_parquet(path: str | os.PathLike[str], **options: Any) -> "pd.DataFrame":
+    """`pandas.read_parquet`, every page compared with its checksum where it has one.
+
+    Raises:
+      OSError, ValueError: no such file, no parquet, or damage.
+    """
+    import pandas as pd
+
+    return pd.read_parquet(path, page_checksum_verification=True, **options)
+
+
+def sync(path: Path) -> None:
+    """A file's contents, or a folder's names, are on the disk when this returns."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _refused_now(aside: Path) -> int | None:
+    """The number of the system's error if what is written aside cannot grow; None if it can."""
+    if not aside.is_dir():
+        return errno.ENODEV  # it went away from under the writer
+    written = [path for path in aside.rglob("*") if path.is_file()]
+    largest = max(written, key=lambda path: path.stat().st_size, default=aside / "trial")
+    try:
+        with largest.open("ab") as file:
+            file.write(bytes(_TRIAL))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return disk.refused(error)
+    return None
+
+
+def _size(folder: Path) -> int:
+    """Bytes in all its files, as far as they can be seen."""
+    total = 0
+    with contextlib.suppress(OSError):
+        for path in folder.rglob("*"):
+            with contextlib.suppress(OSError):
+                total += path.stat().st_size * path.is_file()
+    return total

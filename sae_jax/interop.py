@@ -9,18 +9,17 @@ Both libraries break ties at the k-th pre-activation arbitrarily; here ties are 
 
 import json
 import os
-import pickle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
 import safetensors.numpy
 
 from sae_jax import files
 from sae_jax.config import SAEConfig
 from sae_jax.dictionary import Dictionary
-from sae_jax.errors import InputError
+from sae_jax.errors import InputError, brief
+from sae_jax.reading import check_file, read_object, reading
 from sae_jax.state import Params
 
 # SAELens takes a cfg.json without a version for one of before 6.0 and drops its metadata.
@@ -135,14 +134,13 @@ def from_saelens(path: str | os.PathLike[str]) -> Dictionary:
     cfg = _read_json(path / "cfg.json")
     if _is_ours(cfg):
         raise InputError(f"{path} was written by sae_jax: use Dictionary.load")
-    fields = _saelens_fields(cfg, path / "cfg.json")
+    with reading(path / "cfg.json"):
+        fields = _saelens_fields(cfg, path / "cfg.json")
     weights = path / "sae_weights.safetensors"
     if not weights.is_file():
         raise InputError(f"{path} holds no saved dictionary: {weights} is missing")
-    try:
+    with reading(weights):
         tensors = safetensors.numpy.load_file(weights)
-    except safetensors.SafetensorError as error:
-        raise InputError(f"{weights} is damaged: {error}") from None
     # Some versions wrote a factor per latent that fine-tuning may have changed.
     if not np.all(np.asarray(tensors.pop("scaling_factor", 1), np.float64) == 1):
         raise InputError(f"{weights} has a scaling_factor other than 1, which is not read")
@@ -324,13 +322,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     """A JSON object. NaN, which other libraries write, is read as the string "NaN"."""
     if not path.is_file():
         raise InputError(f"{path.parent} holds no saved dictionary: {path} is missing")
-    try:
-        value = json.loads(path.read_text(), parse_constant=str)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is damaged: {error}") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path} holds no JSON object")
-    return value
+    return read_object(path, parse_constant=str)
 
 
 def _load_torch(path: Path) -> dict[str, np.ndarray]:
@@ -340,16 +332,16 @@ def _load_torch(path: Path) -> dict[str, np.ndarray]:
     except ImportError:
         raise InputError(f"{path} is read with torch: pip install torch") from None
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path} is damaged, or holds more than tensors: {first}") from None
+        state = torch.load(check_file(path), map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged pickle raises nearly anything
+        raise InputError(f"{path} is damaged, or holds more than tensors: {brief(error)}") from None
     if not (
         isinstance(state, dict) and all(isinstance(value, torch.Tensor) for value in state.values())
     ):
         raise InputError(f"{path} holds no state dict of tensors")
     narrow = (torch.float16, torch.bfloat16)
-    return {
-        name: (value.float() if value.dtype in narrow else value).detach().numpy()
-        for name, value in state.items()
-    }
+    with reading(path):  # sparse and quantised tensors are no arrays
+        return {
+            name: (value.float() if value.dtype in narrow else value).detach().numpy()
+            for name, value in state.items()
+        }

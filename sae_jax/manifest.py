@@ -7,38 +7,60 @@ written last and taken away first: a folder that has none is not finished.
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import Literal, get_args
 
 from sae_jax import files
 from sae_jax.errors import InputError
+from sae_jax.reading import check_file
 
 NAME = "manifest.json"
 Level = Literal["size", "full"]
+LEVELS: tuple[Level, ...] = get_args(Level)
 _FORMAT = 1
 
 
 @contextlib.contextmanager
-def renewed(folder: Path, without: tuple[str, ...] = ()) -> Iterator[None]:
-    """The folder has no manifest while the body changes it, and a new one if all went well.
-
-    without: names, directly in the folder, of what is not part of the result.
-    """
-    files.remove(folder / NAME)
+def renewed(folder: Path, names: Iterable[str] | None = None) -> Iterator[None]:
+    """The folder has no manifest while the body changes it, and a new one if all went well."""
+    remove(folder)
     yield
-    write(folder, without)
+    write(folder, names)
 
 
-def write(folder: Path, without: tuple[str, ...] = ()) -> None:
-    """Note all that the folder holds now, but for `without` and hidden files."""
+def remove(folder: Path) -> None:
+    """Say that the folder is being changed, before it is."""
+    if (folder / NAME).exists():
+        files.remove(folder / NAME)
+        files.sync(folder)
+
+
+def write(folder: Path, names: Iterable[str] | None = None) -> None:
+    """Note all files that the folder holds now, but for hidden ones.
+
+    names: of what lies directly in the folder and is of the result; None: all of it.
+    """
+    names = [path.name for path in folder.iterdir()] if names is None else names
+    _store(folder, dict(sorted(_listed(folder, names).items())))
+
+
+def add(folder: Path, *names: str) -> None:
+    """Note more of what lies in a folder, or note it anew; the rest is not read again."""
+    known = _read(folder / NAME) if (folder / NAME).exists() else {}
+    _store(folder, dict(sorted({**known, **_listed(folder, names)}.items())))
+
+
+def _listed(folder: Path, names: Iterable[str]) -> dict[str, tuple[int, str]]:
+    """Size and hash of the files of these names, and of all in the folders of these names."""
     listed = {}
-    for path in sorted(folder.rglob("*")):
-        relative = path.relative_to(folder)
-        hidden = any(part.startswith(".") for part in relative.parts)
-        if path.is_file() and not hidden and relative.parts[0] not in (NAME, *without):
-            listed[relative.as_posix()] = [path.stat().st_size, _sha256(path)]
-    files.write_json(folder / NAME, {"format": _FORMAT, "files": listed})
+    for top in (folder / name for name in names if name != NAME):
+        for path in (top, *top.rglob("*")):
+            parts = path.relative_to(folder).parts
+            hidden = any(part.startswith(".") for part in parts)
+            if path.is_file() and not hidden:
+                listed["/".join(parts)] = (path.stat().st_size, sha256(path))
+    return listed
 
 
 def check(folder: Path, level: Level = "size") -> int:
@@ -49,15 +71,47 @@ def check(folder: Path, level: Level = "size") -> int:
     Raises:
       InputError: no manifest, a damaged one, files that are missing or differ (five are named).
     """
-    listed = _read(folder / NAME)
-    wrong = [told for name, noted in listed.items() if (told := _wrong(folder, name, noted, level))]
+    listed, wrong = look(folder, level)
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise InputError(
-            f"{folder} is not as its run left it: {'; '.join(wrong[:5])}{more}. Copy it again, or "
-            "make it again"
+            f"{folder} is not as its run left it: {'; '.join([*wrong.values()][:5])}{more}. Copy it"
+            " again, or make it again"
         )
-    return len(listed)
+    return listed
+
+
+def look(folder: Path, level: Level = "size") -> tuple[int, dict[str, str]]:
+    """How many files are listed, and of each that is not as it was, by name, what is wrong.
+
+    Raises:
+      InputError: no manifest, or a damaged one.
+    """
+    listed = _read(folder / NAME)
+    told = {name: _wrong(folder, name, noted, level) for name, noted in listed.items()}
+    return len(listed), {name: wrong for name, wrong in told.items() if wrong is not None}
+
+
+def differs(folder: Path, name: str) -> str | None:
+    """What is wrong with one file, byte for byte: it differs, is missing or is not listed.
+
+    Raises:
+      InputError: a damaged manifest.
+    """
+    listed = _read(folder / NAME) if (folder / NAME).exists() else {}
+    if name not in listed:
+        return f"{name} is not in the manifest"
+    return _wrong(folder, name, listed[name], "full")
+
+
+def sha256(path: Path) -> str:
+    """Of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _store(folder: Path, listed: dict[str, tuple[int, str]]) -> None:
+    files.write_json(folder / NAME, {"format": _FORMAT, "files": listed})
 
 
 def _wrong(folder: Path, name: str, noted: tuple[int, str], level: Level) -> str | None:
@@ -69,7 +123,7 @@ def _wrong(folder: Path, name: str, noted: tuple[int, str], level: Level) -> str
     try:
         if (found := path.stat().st_size) != size:
             return f"{name} has {found:,} bytes of {size:,}"
-        if level == "full" and _sha256(path) != digest:
+        if level == "full" and sha256(path) != digest:
             return f"{name} has other contents"
     except OSError as error:
         return f"{name} cannot be read ({error.strerror})"
@@ -83,9 +137,12 @@ def _read(path: Path) -> dict[str, tuple[int, str]]:
       InputError: there is none, or it is damaged.
     """
     try:
-        found = json.loads(path.read_bytes())
+        content = (check_file(path) if path.exists() else path).read_bytes()
+        found = json.loads(content)
         if found["format"] != _FORMAT:
             raise InputError(f"{path} is of format {found['format']!r}, of a newer sae-jax")
+        if content != files.to_json(found).encode():  # no byte of it is without meaning
+            raise ValueError("it is not as it was written")
         listed = {}
         for name, (size, digest) in found["files"].items():
             inside = PurePosixPath(name)
@@ -101,8 +158,3 @@ def _read(path: Path) -> dict[str, tuple[int, str]]:
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise InputError(f"{path} is damaged: {error}") from None
     return listed
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -6,28 +6,17 @@ import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import scipy.sparse
 
 from sae_jax.errors import InputError
+from sae_jax.reading import reading
 
 BLOCK = 256  # rows that stay together when blocks are permuted
 _GAP = 8  # chosen rows that are this near each other are read at once, with those between them
 _READ_BYTES = 2**24  # read at once
-
-
-@contextmanager
-def readable(what: str) -> Iterator[None]:
-    """Turns whatever a damaged file raises into an InputError that names `what`."""
-    try:
-        yield
-    except (InputError, MemoryError):
-        raise
-    except Exception as error:  # h5py, zarr and each of their codecs have exceptions of their own
-        raise InputError(f"{what} cannot be read: {error or type(error).__name__}") from error
 
 
 def float_dtype(dtype: np.dtype) -> np.dtype:
@@ -42,7 +31,7 @@ def check_matrix(x: Any, name: str, d_in: int | None = None) -> None:
     shape = tuple(x.shape)
     if len(shape) != 2:
         raise InputError(f"{name} has shape {shape}; it must be [rows, dimensions]")
-    if x.dtype.kind not in "iuf":
+    if x.dtype.kind not in "iuf" and x.dtype.name != "bfloat16":
         raise InputError(f"{name} has dtype {x.dtype}; it must hold real numbers")
     if d_in is not None and shape[1] != d_in:
         raise InputError(f"{name} has {shape[1]} dimensions, the dictionary has d_in={d_in}")
@@ -100,17 +89,20 @@ class Rows:
           InputError: no matrix of real numbers, one stored by columns, or positions that do not
             rise or lie outside.
         """
-        if (kind := encoding(source)) == "csc_matrix":
+        with reading(name):
+            kind = encoding(source)
+        if kind == "csc_matrix":
             raise InputError(
                 f"{name} is stored by columns (csc_matrix), so rows cannot be read alone; "
                 "store it with tocsr(), or load it into memory"
             )
         if kind == "csr_matrix":
-            with readable(name):
+            with reading(name):
                 source = Csr(source, source.attrs["shape"])
         elif not hasattr(source, "shape"):
             raise InputError(f"{name} is {kind or 'a group'}, not a matrix")
-        check_matrix(source, name)
+        with reading(name):
+            check_matrix(source, name)
         rows, d_in = source.shape
         self.positions = None if positions is None else _rising(positions, rows, name)
         self.shape = (rows if positions is None else len(self.positions), d_in)
@@ -150,14 +142,16 @@ class Rows:
         """The rows of ranges (first, after the last), one below another, [rows, d_in].
 
         Raises:
-          InputError: the file is damaged there.
+          InputError: the file is damaged there, or no longer finite.
         """
         ranges = list(ranges)
         begins = np.cumsum([0] + [stop - start for start, stop in ranges]).tolist()
         read = np.empty((begins[-1], self.shape[1]), self.dtype)
         for begin, (start, stop) in zip(begins, ranges, strict=False):
-            with self._reading, readable(f"{self.name}, rows {start} to {stop - 1},"):
+            with self._reading, reading(f"{self.name}, rows {start} to {stop - 1},"):
                 self._fill(read[begin : begin + stop - start], start, stop)
+        if self.summary is not None and not np.isfinite(read).all():
+            raise InputError(f"{self.name} holds NaN or infinite values since it was scanned")
         return read
 
     def _fill(self, out: np.ndarray, start: int, stop: int) -> None:

@@ -9,9 +9,6 @@ checkpoints/<member>/       of the program in training whose first member this i
 
 import contextlib
 import dataclasses
-import fcntl
-import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sae_jax import files, manifest
+from sae_jax import files, lock, manifest
 from sae_jax.dictionary import Dictionary
-from sae_jax.errors import InputError
+from sae_jax.errors import InputError, brief
 from sae_jax.files import check_writable
+from sae_jax.reading import check_file, read_json, reading
 from sae_jax.state import History
 
 if TYPE_CHECKING:
@@ -31,46 +29,30 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-    """A finished member: dictionary (None: diverged), its row of results, history [epochs]."""
+    """A finished member: dictionary (None: diverged, or in another process), its row of results,
+    history [epochs]."""
 
     dictionary: Dictionary | None
     row: dict[str, Any]
     history: History
 
 
+OURS = ("configs.json", "results.parquet", "history.parquet", "dictionaries")
+_HISTORY = tuple(field.name for field in dataclasses.fields(History))
 SETTINGS = ("quickstart.json", "sweep.json", "train.json")  # of programs, that come first
-_locked: set[Path] = set()
 
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """No other process fills the folder meanwhile; it ends with the process, however that ends.
-
-    A process may lock a folder within itself again. Where the file system has no such locks,
-    nothing is locked.
+    """No other process fills the folder meanwhile, and it stays where it is: see `lock.held`.
 
     Raises:
-      InputError: another process fills it, or it cannot be written.
+      InputError: another process fills it, which is named, or it cannot be written.
     """
     check_writable(path)
-    path.mkdir(parents=True, exist_ok=True)
-    key = path.resolve()
-    if key in _locked:
+    files.make_folder(path)
+    with lock.held(path), files.pinned(path):
         yield
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{path} is being filled by another process; wait for it") from None
-        except OSError:
-            pass
-        _locked.add(key)
-        yield
-    finally:
-        _locked.discard(key)
-        os.close(handle)
 
 
 class Workdir:
@@ -86,10 +68,7 @@ class Workdir:
         check_writable(path)
         config_file = path / "configs.json"
         if config_file.exists():
-            try:
-                found = json.loads(config_file.read_text())
-            except (ValueError, RecursionError) as error:
-                raise InputError(f"{config_file} is damaged: {error}") from None
+            found = read_json(config_file)
             if found != settings:
                 raise InputError(
                     f"{path} holds a run of other settings:\n  {difference(found, settings)}\n"
@@ -119,23 +98,25 @@ class Workdir:
     def write(self, members: dict[int, Member]) -> None:
         """Bring the folder up to date with the finished members, by position."""
         for position, member in members.items():
-            folder = self.folder(position)
-            if member.dictionary is not None and not folder.exists():
-                member.dictionary.save(folder)
+            self.write_dictionary(position, member)
         results, history = tables(members)
         files.write_parquet(self.path / "history.parquet", history)
         files.write_parquet(self.path / "results.parquet", results)
 
+    def write_dictionary(self, position: int, member: Member) -> None:
+        """That of one member, if it has one that is not there yet."""
+        folder = self.folder(position)
+        if member.dictionary is not None and not folder.exists():
+            member.dictionary.save(folder)
+
     def begin(self) -> None:
         """Say that the folder is being filled: it has no manifest until `finish`."""
-        files.remove(self.path / manifest.NAME)
+        manifest.remove(self.path)
 
     def finish(self) -> None:
         """Note every file in the manifest, unless it is there since an earlier call."""
         if not (self.path / manifest.NAME).exists():
-            ours = {"configs.json", "results.parquet", "history.parquet", "dictionaries"}
-            others = {path.name for path in self.path.iterdir()} - ours
-            manifest.write(self.path, without=tuple(others))
+            manifest.write(self.path, OURS)
 
     def folder(self, position: int) -> Path:
         """Where a member's dictionary lies."""
@@ -147,10 +128,13 @@ class Workdir:
 
     def keep_checkpoints(self, firsts: list[int]) -> None:
         """Delete those of all other programs: killed after they finished."""
-        kept = {self.checkpoints(first) for first in firsts}
-        for folder in set((self.path / "checkpoints").glob("*")) - kept:
-            if folder.name.isdigit():
+        kept = {self.checkpoints(first).name for first in firsts}
+        for folder in (self.path / "checkpoints").glob("*"):
+            name = folder.name.removesuffix(".skipped")
+            if name.isdigit() and name not in kept:
                 shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # others are there, or none ever were
+            (self.path / "checkpoints").rmdir()
 
 
 def dictionary_folder(path: Path, position: int) -> Path:
@@ -166,8 +150,14 @@ def read_members(path: Path) -> dict[int, Member]:
     """
     results = _read_parquet(path / "results.parquet")
     history = _read_parquet(path / "history.parquet")
-    if "member" not in results or not set(results["member"]) <= set(history.get("member", ())):
+    wanted = {"results": ("member", "status", "k"), "history": ("member", *_HISTORY)}
+    for name, table in (("results", results), ("history", history)):
+        if missing := [column for column in wanted[name] if column not in table]:
+            raise InputError(f"{path / name}.parquet has no column {', '.join(missing)}: damaged?")
+    if not len(results) or not set(results["member"]) <= set(history["member"]):
         raise InputError(f"{path}: results.parquet and history.parquet disagree")
+    if odd := sorted(set(map(str, results["status"])) - {"trained", "diverged"}):
+        raise InputError(f"{path}/results.parquet: {brief(odd[0])} is no status of a member")
     history = dict(iter(history.groupby("member")))
     return {
         row["member"]: Member(
@@ -175,12 +165,7 @@ def read_members(path: Path) -> dict[int, Member]:
             if row["status"] == "trained"
             else None,
             row,
-            History(
-                **{
-                    field.name: history[row["member"]][field.name].to_numpy()
-                    for field in dataclasses.fields(History)
-                }
-            ),
+            History(**{name: history[row["member"]][name].to_numpy() for name in _HISTORY}),
         )
         for row in results.to_dict("records")
     }
@@ -215,12 +200,8 @@ def tables(members: dict[int, Member]) -> tuple["pd.DataFrame", "pd.DataFrame"]:
 
 
 def _read_parquet(path: Path) -> "pd.DataFrame":
-    import pandas as pd
-
-    try:
-        return pd.read_parquet(path, page_checksum_verification=True)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} is missing or damaged: {error}") from None
+    with reading(path, "is missing or damaged"):
+        return files.read_parquet(check_file(path))
 
 
 def difference(found: Any, asked: Any, where: str = "") -> str:

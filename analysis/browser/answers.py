@@ -22,6 +22,7 @@ from sae_jax import InputError
 
 MOST = 2**63 - 1  # the largest integer that SQLite keeps
 SCHEMA = 1  # PRAGMA user_version of files that this code writes
+_MAGIC = b"SQLite format 3\0"
 _WAIT = 10_000  # milliseconds for another process' write to end
 _TABLES = """
 CREATE TABLE rater (name TEXT PRIMARY KEY) STRICT;
@@ -96,8 +97,15 @@ class Answers:
         if not self.path.is_file():
             raise InputError(f"there is no file of answers {self.path}: restore it from a backup.")
         try:
+            with self.path.open("rb") as file:  # SQLite would take an empty file and fill it
+                if file.read(len(_MAGIC)) != _MAGIC:
+                    raise sqlite3.DatabaseError("file is not a database")
             self._connection = _connect(self.path)
-            self._check()
+            try:
+                self._check()
+            except BaseException:
+                self._connection.close()
+                raise
         except sqlite3.DatabaseError as error:
             if _is_of_the_disk(error):
                 raise InputError(

@@ -24,6 +24,7 @@ from analysis.browser.columns import FLAG, NUMBER
 from analysis.browser.index import scaled, smallest
 from analysis.browser.inverted import BY, MOST_DIFFERING, MOST_DRIVING
 from analysis.browser.run import Run
+from sae_jax.reading import reading
 
 MOST_ROWS = 200  # of a table of features
 MOST_OF_CELL = 50
@@ -61,7 +62,8 @@ def document(run: Run, key: str) -> dict[str, Any]:
     name, numbers = parsed(key)
     if name.startswith("feature/"):
         (i,) = _within(numbers, run.n_features)
-        return OF_FEATURE[name.removeprefix("feature/")](run, i)
+        with reading(" or ".join(str(folder.path) for folder in run.folders)):
+            return OF_FEATURE[name.removeprefix("feature/")](run, i)
     return _DOCUMENTS[name](run, *numbers)
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import zipfile
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +13,12 @@ from typing import Any
 import h5py
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 from anndata.io import read_elem
 from scipy import sparse
 
-from sae_jax import InputError
+from sae_jax import InputError, files
+from sae_jax.reading import check_file
+from sae_jax.reading import reading as errors_of
 
 PROGRAMS = ("lens", "concepts", "quickstart")
 # The files that the browser reads; a run is known by their contents.
@@ -37,21 +36,12 @@ BLOCK = 1 << 20  # entries of a matrix, or rows of a table, that are held at onc
 @contextlib.contextmanager
 def reading(path: str | Path) -> Iterator[None]:
     """What libraries raise at a damaged file, as an InputError that names the file."""
-    try:
+    if not Path(path).exists() and not Path(path).is_symlink():
+        raise InputError(f"{path} is missing: is this the folder of a finished run?")
+    advice = "; it is damaged or of another kind: make it again with the program that wrote it."
+    check_file(path)
+    with errors_of(path, advice=advice):
         yield
-    except InputError:
-        raise
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing: is this the folder of a finished run?") from None
-    except (
-        OSError, ValueError, KeyError, TypeError, IndexError, RuntimeError, EOFError,
-        zipfile.BadZipFile, zlib.error, pa.ArrowException,
-    ) as error:  # fmt: skip
-        first = str(error).strip().partition("\n")[0][:200] or type(error).__name__
-        raise InputError(
-            f"{path} cannot be read ({first}): it is damaged or of another kind; make it again "
-            "with the program that wrote it."
-        ) from None
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +76,7 @@ class Folder:
         if not path.is_dir():
             raise InputError(f"there is no folder {path}: give the --workdir of a run.")
         stored, h5ad = path / "features.parquet", path / "features.h5ad"
-        if not stored.exists() and not h5ad.exists():
+        if not any(file.exists() or file.is_symlink() for file in (stored, h5ad)):
             raise InputError(
                 f"{path} has neither features.h5ad nor features.parquet: give the --workdir of a "
                 "finished `sae-jax lens`, `concepts` or `quickstart`."
@@ -94,7 +84,7 @@ class Folder:
         table = None
         if stored.exists():
             with reading(stored):
-                table = pd.read_parquet(stored).set_index("feature")
+                table = files.read_parquet(stored).set_index("feature")
         uns, cells, decoder = {}, None, None
         if h5ad.exists():
             with reading(h5ad), h5py.File(h5ad) as file:
@@ -230,7 +220,7 @@ def _settings(path: Path, uns: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """The program, and its settings: those in its file, or else in features.h5ad."""
     for program in PROGRAMS:
         stored = path / f"{program}.json"
-        if stored.exists():
+        if stored.exists() or stored.is_symlink():
             with reading(stored):
                 return program, _checked(_json(stored.read_text(), stored))
         if program in uns:

@@ -25,7 +25,7 @@ from analysis.browser.columns import SIGNIFICANT
 from analysis.browser.folder import Folder, reading
 from analysis.browser.index import Writer
 from analysis.browser.rows import Rows, coded, numbered
-from sae_jax import InputError
+from sae_jax import InputError, files
 
 # Of each long table the columns that it must have.
 LONG = {
@@ -349,7 +349,7 @@ def _write_deletion(
         if not path.exists():
             continue
         with reading(path):
-            table = pd.read_parquet(path)
+            table = files.read_parquet(path)
             concepts = folder.table[folder.table["kind"] == "concept"]
             of = {latent: own[name] for name, latent in concepts["latent"].items()}
             kinds, orders = (table[key].astype("category").cat for key in ("kind", "order"))

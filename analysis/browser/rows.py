@@ -70,7 +70,8 @@ class Rows:
         self.require("feature")
         changes, names, before = [], [], None
         for first, table in self.batches(["feature"]):
-            codes, values = coded(table["feature"])
+            with reading(self.path):
+                codes, values = coded(table["feature"])
             new = np.flatnonzero(np.append(True, codes[1:] != codes[:-1]))
             if len(codes) and values[codes[0]] == before:
                 new = new[1:]

@@ -18,7 +18,7 @@ from analysis.browser.columns import Column
 from analysis.browser.folder import READ, Folder, reading
 from analysis.browser.index import Index, Texts
 from analysis.browser.rows import Rows
-from sae_jax import InputError
+from sae_jax import InputError, files
 
 
 class Run:
@@ -302,7 +302,7 @@ class Run:
             if path.exists():
                 found = np.full((self.n_features, 2), np.nan)
                 with reading(path):
-                    table = pd.read_parquet(path)
+                    table = files.read_parquet(path)
                     place = [own[name] for name in table["feature"].astype(str)]
                     found[place] = table[["umap_1", "umap_2"]].to_numpy(np.float64)
                 return found if np.isfinite(found).any() else None
@@ -316,7 +316,8 @@ class Run:
             if path.exists():
                 with reading(path):
                     table = pd.read_csv(path)
-                    return table[["features", "named"]].to_dict("records")
+                    kinds = {"features": str, "named": float}
+                    return table[list(kinds)].astype(kinds).to_dict("records")
         return []
 
     def describe_cells(self, cells: np.ndarray) -> list[dict[str, Any]]:

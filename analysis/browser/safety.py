@@ -21,6 +21,7 @@ from starlette.responses import PlainTextResponse, RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sae_jax import InputError, files
+from sae_jax.reading import check_file, reading
 
 SESSION, OWNER = "sae_session", "sae_owner"  # cookies
 POLICY = (
@@ -43,16 +44,14 @@ OPEN = (*RATERS, "/enter/")  # what needs no owner's token; a study has its own
 def secret(state: Path) -> bytes:
     """The key of this folder's CSRF tokens, made once: pages outlive a restart of the server."""
     path = state / "secret"
-    if not path.exists():
+    if not path.exists() and not path.is_symlink():
         with files.write_aside(path) as fresh:
             fresh.touch(0o600)
             fresh.write_text(secrets.token_hex(32))
-    try:
+    with reading(check_file(path), advice="; delete it"):
         found = bytes.fromhex(path.read_text())
-    except ValueError:
-        found = b""
-    if len(found) != 32:
-        raise InputError(f"{path} is damaged: delete it")
+        if len(found) != 32:
+            raise ValueError(f"it holds {len(found)} bytes, not 32")
     return found
 
 

@@ -28,6 +28,8 @@ from typing import TYPE_CHECKING, Any
 
 from analysis.browser import answers
 from sae_jax import InputError, files
+from sae_jax.errors import brief
+from sae_jax.reading import check_file, read_object, reading
 
 if TYPE_CHECKING:
     from analysis.browser.run import Run
@@ -212,7 +214,7 @@ def load(state: Path, name: str) -> Study:
     if name not in (names := list(_names(state))):
         known = f"there are {', '.join(names)}" if names else "there is none yet: --new_study=NAME"
         raise InputError(f"no study {name!r} in {state}: {known}.")
-    path = _home(state) / name / "study.json"
+    path = check_file(_home(state) / name / "study.json")
     return _read(path, path.stat().st_mtime_ns)
 
 
@@ -296,8 +298,8 @@ def digest(content: Mapping[str, Any]) -> str:
 
 @functools.lru_cache(maxsize=64)
 def _read(path: Path, changed: int) -> Study:
-    try:
-        given = json.loads(path.read_text())
+    with reading(path, "is no study's file", ": restore it."):
+        given = read_object(path)
         if given["schema"] != SCHEMA:
             raise InputError(
                 f"{path} has version {given['schema']} of a study's form, and this program reads "
@@ -310,15 +312,15 @@ def _read(path: Path, changed: int) -> Study:
         for field in ("panels", "metadata", "questions"):
             given[field] = tuple(given[field])
         study = Study(**given)
-    except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path} is no study's file ({error}): restore it.") from error
-    for rater in study.raters:
-        if sorted(rater.order) != sorted(study.item):
-            raise InputError(
-                f"{path}: the order of {rater.name!r} is not of its items: restore it."
-            )
+        if study.name != path.parent.name:
+            raise ValueError(f"it is of another study, {brief(study.name)}")
+        if odd := [q for q in study.questions if not set(QUESTIONS[0]) <= dict(q).keys()]:
+            raise ValueError(f"{brief(odd[0])} is no question")
+        for rater in study.raters:
+            if sorted(rater.order) != sorted(study.item):
+                raise InputError(
+                    f"{path}: the order of {rater.name!r} is not of its items: restore it."
+                )
     return study
 
 

@@ -192,7 +192,7 @@ def _write_lens(
 def _best_terms(path: Path) -> pd.DataFrame:
     """The first term up of each feature that one names."""
     columns = ["feature", "side", "rank", "term", "named", "log10_q"]
-    rows = pd.read_parquet(path, columns=columns, filters=[("rank", "==", 0)])
+    rows = files.read_parquet(path, columns=columns, filters=[("rank", "==", 0)])
     first = rows[rows["named"] & (rows["side"] == "up")].set_index("feature")
     found = first[["term", "log10_q"]]
     return found.set_axis(["best_term", "best_term_log10_q"], axis=1)

@@ -1,11 +1,13 @@
 """The folder of a program of this study: whose it is, and what it was asked for."""
 
+import contextlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from sae_jax import InputError, files, workdir
+from experiments import folders
+from sae_jax import InputError, files, manifest, workdir
 
 
 def check(
@@ -27,7 +29,8 @@ def check(
         raise InputError("--workdir is needed: the folder to fill")
     out = Path(folder)
     workdir.check_writable(out)
-    if out.is_dir() and any(out.iterdir()) and not (out / name).is_file():
+    there = list(out.iterdir()) if out.is_dir() else []
+    if any(not path.name.startswith(".") for path in there) and not (out / name).is_file():
         raise InputError(f"{out} holds other files; choose an empty or a new folder")
     if (out / name).is_file() and not overwrite:
         try:
@@ -43,13 +46,28 @@ def check(
     return out
 
 
+@contextlib.contextmanager
+def filled(
+    out: Path, name: str, settings: dict[str, Any], produced: Iterable[str], overwrite: bool
+) -> Iterator[None]:
+    """The body fills the folder, once it is ours (see `claim`); its manifest is written last.
+
+    Raises:
+      InputError: another process fills it, or a finished run's files are not as they were left.
+    """
+    with workdir.locked(out):
+        claim(out, name, settings, produced, overwrite)
+        with folders.changed(out, name, produced):
+            yield
+
+
 def claim(
     out: Path, name: str, settings: dict[str, Any], produced: Iterable[str], overwrite: bool
 ) -> None:
     """Make the folder ours; with `overwrite` without what an earlier run left there."""
     if overwrite:
         # What tells that the folder is ours goes last: a kill leaves one that can be overwritten.
-        for other in [*(other for other in produced if other != name), name]:
+        for other in (manifest.NAME, *(other for other in produced if other != name), name):
             files.remove(out / other)
     files.remove_leftovers(out, *(out / other for other in produced))
     files.write_json(out / name, settings)

@@ -56,6 +56,7 @@ FILES = {
     "structure.parquet": "coverage by percentile and X'', of one dictionary and of nulls",
     "claims.parquet": "sections 4.1, 4.3 and 6: the paper's words, our numbers",
     "figures": "1C, S1, S2, S13: PNG and PDF",
+    "manifest.json": "size and SHA-256 of every file",
 }
 SETTING_FLAGS = (
     "variant", "seed", "cells", "genes", "models", "seeds", "epochs", "search", "sae_models",
@@ -100,8 +101,7 @@ def main() -> None:
         workdir.check_writable(Path(FLAGS.page).resolve().parent)
     names, seeds = asked_models(), asked_seeds("seeds")
     simulation, sae_models, grid = asked_simulation(), asked_sae_models(names), asked_grid()
-    with workdir.locked(out):
-        folders.claim(out, SETTINGS, settings(), FILES, FLAGS.overwrite)
+    with folders.filled(out, SETTINGS, settings(), FILES, FLAGS.overwrite):
         run(out, simulation, names, seeds, sae_models, grid)
     for name, what in FILES.items():
         print(f"  {name:<22} {what}")
@@ -132,7 +132,7 @@ def run(
         if not path.exists():
             logging.info("configuration %d of %d: %s", number + 1, len(names), name)
             files.write_parquet(path, study.measure(name))
-    tables = [pd.read_parquet(out / "measured" / f"{name}.parquet") for name in names]
+    tables = [files.read_parquet(out / "measured" / f"{name}.parquet") for name in names]
     superposition = pd.concat(tables, ignore_index=True)
     files.write_parquet(out / "superposition.parquet", superposition)
 

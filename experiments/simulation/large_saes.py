@@ -122,7 +122,7 @@ def recovered(embedding: Embedding, run: sae_jax.Run, m: np.ndarray, out: Path) 
             if dictionary is not None and not path.exists():
                 sums = embedding.sums(dictionary.encode, dictionary.config.n_latents)
                 files.write_parquet(path, pd.DataFrame([_row(embedding, sums, m)]))
-            found = {} if dictionary is None else pd.read_parquet(path).iloc[0].to_dict()
+            found = {} if dictionary is None else files.read_parquet(path).iloc[0].to_dict()
             rows.append(run.results.iloc[position].to_dict() | found)
             bar.update(costs[position])
     table = pd.DataFrame(rows)
@@ -149,7 +149,7 @@ def linear(embedding: Embedding, m: np.ndarray, path: Path, seed: int) -> "pd.Da
                 }
             )  # fmt: skip
         files.write_parquet(path, pd.DataFrame(rows))
-    return pd.read_parquet(path)
+    return files.read_parquet(path)
 
 
 def _row(embedding: Embedding, sums: Sums, m: np.ndarray) -> dict[str, float]:
@@ -219,7 +219,7 @@ def structures(
     import pandas as pd
 
     if path.exists():
-        return pd.read_parquet(path)
+        return files.read_parquet(path)
     rows = chosen(table)
     row = rows[_nearest(rows["scaling"], CHOSEN["scaling"])].iloc[0]
     embedding = next(each for each in embeddings if each.name == row["autoencoder"])

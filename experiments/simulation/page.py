@@ -62,12 +62,10 @@ def write_large(
     claims: Sequence[Claim],
 ) -> None:
     """The section of `large` in `path`; its figures and recovery as CSV beside it."""
-    import pandas as pd
-
     name = f"large_{settings['variant']}" + ("_quick" if settings["quick"] else "")
     prefix = f"{path.stem}_{name}"
     _copy_figures(SHOWN_LARGE, out, path.parent, prefix)
-    recovered = pd.read_parquet(out / "recovery.parquet")
+    recovered = files.read_parquet(out / "recovery.parquet")
     columns = [column for column in recovered if column in LARGE_COLUMNS or "highest" in column]
     with files.write_aside(path.parent / f"{prefix}.csv") as fresh:
         recovered[columns].to_csv(fresh, index=False, float_format="%.5g")

@@ -50,6 +50,7 @@ FILES = {
     "correlations.parquet": "one row per configuration and variable",
     "claims.parquet": "section 4.2: the paper's words, our numbers",
     "figures": "S3 .. S12: PNG and PDF",
+    "manifest.json": "size and SHA-256 of every file",
 }
 SETTING_FLAGS = ("variant", "reduction", "connectivity", "seed", "quick")
 LATENTS = {"compressed": 2, "ideal": 4, "overcomplete": 10}
@@ -95,8 +96,7 @@ def main() -> None:
     simulated = data.small(FLAGS.seed, connectivity=FLAGS.connectivity)
     if (simulated.m.sum(axis=1) == 0).any():
         logging.warning("an X has no Y in this M: nothing can recover it")
-    with workdir.locked(out):
-        folders.claim(out, SETTINGS, settings(), FILES, FLAGS.overwrite)
+    with folders.filled(out, SETTINGS, settings(), FILES, FLAGS.overwrite):
         results, superposition = run(out, simulated)
     for name, what in FILES.items():
         print(f"  {name:<22} {what}")

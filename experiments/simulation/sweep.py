@@ -182,9 +182,7 @@ def _finished(run: Path) -> list[int]:
     """Positions that an earlier call has finished, as a run's results say."""
     if not (run / "results.parquet").exists():
         return []
-    import pandas as pd
-
-    return pd.read_parquet(run / "results.parquet", columns=["member"])["member"].tolist()
+    return files.read_parquet(run / "results.parquet", columns=["member"])["member"].tolist()
 
 
 def measure(
@@ -200,8 +198,6 @@ def measure(
       cells: all latents of the autoencoder [cells, d_in]; variables: `data.Small.variables`.
       out: folder of what has been measured, a file for each program.
     """
-    import pandas as pd
-
     todo = programs(rows)
     parts = {}
     with tqdm(total=sum(map(_measuring_cost, todo)), desc="metrics", bar_format=BAR) as bar:
@@ -210,7 +206,7 @@ def measure(
             if not path.exists():
                 dictionaries = [runs[program.epochs].dictionaries[i] for i in program.positions]
                 files.write_parquet(path, _metrics_of(dictionaries, cells, variables))
-            parts[program.name] = pd.read_parquet(path, page_checksum_verification=True)
+            parts[program.name] = files.read_parquet(path)
             bar.update(_measuring_cost(program))
     return _tables(rows, todo, runs, parts)
 

@@ -18,6 +18,7 @@ from analysis.attribution import attribute, find_pairs
 from analysis.baselines import fit
 from analysis.counterfactuals import choose
 from analysis.neurons import Neurons
+from sae_jax import manifest
 from sae_jax.errors import InputError
 from tests.analysis.attribution_cases import (
     GENES,
@@ -378,7 +379,9 @@ def test_a_coder_of_other_numbers_is_another_one(tmp_path: Path) -> None:
         attribute(Planted(), other, CELLS, pairs=pairs, folder=tmp_path / "kept", **QUIET)
 
 
-def test_finished_blocks_are_not_done_again(tmp_path: Path) -> None:
+def test_finished_blocks_are_not_done_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     coder, folder = Threshold(), tmp_path / "kept"
     call: dict[str, Any] = {"folder": folder, "block": 2, "samples": True, **QUIET}
     whole = attribute(Planted(), coder, CELLS, block=2, samples=True, **QUIET)
@@ -391,7 +394,8 @@ def test_finished_blocks_are_not_done_again(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         attribute(Dies(), coder, CELLS, **call)
-    assert sorted(path.name for path in folder.iterdir()) == ["attribution.json", "block_00000.npz"]
+    left = ["attribution.json", "block_00000.npz", "manifest.json"]
+    assert sorted(path.name for path in folder.iterdir()) == left
     dies = type("Dies", (Planted,), {})()  # by the name of its class the same model
     found = attribute(dies, coder, CELLS, **call)
     np.testing.assert_array_equal(found.scores, whole.scores)
@@ -402,6 +406,14 @@ def test_finished_blocks_are_not_done_again(tmp_path: Path) -> None:
     again = attribute(dies, coder, CELLS, **call)
     assert dies.cells == before + CELLS.n_obs  # pairs are chosen again
     np.testing.assert_array_equal(again.scores, whole.scores)
+    assert manifest.check(folder, "full") == 1 + len(list(folder.glob("block_*")))
+    damaged = bytearray((folder / "block_00001.npz").read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    (folder / "block_00001.npz").write_bytes(damaged)
+    (folder / "block_00000.npz").unlink()
+    np.testing.assert_array_equal(attribute(dies, coder, CELLS, **call).scores, whole.scores)
+    assert "block_00001.npz has other contents; it is computed again" in caplog.text
+    manifest.check(folder, "full")
     changed = CELLS.copy()
     changed.X = changed.X * 2
     for other in ({"block": 1}, {"samples": False}, {"prototypes": 4}, {"concepts": [0, 2]}):

@@ -26,6 +26,7 @@ from experiments import (
 )
 from extract import store
 from sae_jax import InputError
+from tests.experiments.damage import check_every_file
 from tests.extract.small import some_cells, write_checkpoint
 
 CELLS, GENES, PROGRAM, D, TOKENS = 240, 160, 20, 6, 5
@@ -151,6 +152,7 @@ def test_one_embedding_of_cells(
     out = run(embedding="X_some", metadata=["tissue"], reductions=["mean"])
     missing = set(cell_type_programs.FILES) - {path.name for path in out.iterdir()}
     assert missing == {"extraction", "tokens.parquet"}
+    check_every_file(out)
     layers = pd.read_csv(out / "layers.csv")
     latents = layers[layers["features"] == "latents"]
     assert len(latents) == 2  # as many penalties

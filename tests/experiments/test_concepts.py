@@ -31,6 +31,7 @@ from extract import main as extraction
 from extract import store
 from sae_jax import InputError, data
 from tests.experiments import quick
+from tests.experiments.damage import check_every_file
 
 SMALL = {
     "labels": ["subpop"], "n_latents": ["30"], "seeds": ["0", "1"], "epochs": 60, "most": 4,
@@ -86,6 +87,7 @@ def finished(settings: dict[str, Any]) -> Path:
 def test_what_is_left_agrees(finished: Path, settings: dict[str, Any]) -> None:
     there = {path.name for path in finished.iterdir()}
     assert there >= set(concepts.FILES) - {"scvi", "consensus"}
+    check_every_file(finished)
     adata = anndata.read_h5ad(settings["h5ad"])
     model = extract.load_model("scvi", settings["checkpoint"])
     x = model.embed(adata)["latent"]

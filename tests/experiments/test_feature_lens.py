@@ -20,6 +20,7 @@ from analysis.consensus import consensus
 from experiments import feature_lens, feature_lens_figures
 from sae_jax import InputError
 from tests.experiments import quick
+from tests.experiments.damage import check_every_file
 
 GENES, CELLS, PROGRAM = 240, 480, 24
 SMALL = {
@@ -94,6 +95,7 @@ def test_what_is_left_agrees(run: Callable[..., Path], cells: anndata.AnnData) -
     out = run(technical=["depth"], numeric=["dose"])
     missing = set(feature_lens.FILES) - {path.name for path in out.iterdir()}
     assert missing <= set(feature_lens.MAYBE)  # of too few features with terms
+    check_every_file(out)
 
     dictionary = sae_jax.Dictionary.load(out / "dictionary")
     found = anndata.read_h5ad(out / "features.h5ad")
@@ -223,6 +225,9 @@ def test_what_was_changed_or_damaged_is_not_taken_for_a_result(
     for name in ("genes.parquet", "named.npz", "nulls.csv"):
         content = (out / name).read_bytes()
         (out / name).write_bytes(content[: len(content) // 2])
+    flipped = bytearray((out / "top_terms.parquet").read_bytes())
+    flipped[len(flipped) // 2] ^= 1
+    (out / "top_terms.parquet").write_bytes(flipped)
     (out / "enrichment.parquet").unlink()
     run(dictionary=saved, resume=True, top=1, words=["program"])  # flags of what is shown
     pd.testing.assert_frame_equal(pd.read_parquet(out / "genes.parquet"), expected)
@@ -332,3 +337,26 @@ def test_what_the_browser_reads(
     sets = pd.read_parquet(out / "gene_sets.parquet")
     assert sets["term"].nunique() == 17
     assert not (out / "dge.parquet").exists()
+
+
+@pytest.mark.filterwarnings("ignore:Writing zarr v2 data")
+def test_expression_that_stays_in_its_file_gives_the_same(
+    run: Callable[..., Path], cells: anndata.AnnData, tmp_path: Path, undrawn: None
+) -> None:
+    one = run(workdir=str(tmp_path / "one"), every_gene=True)
+    cells.write_zarr(tmp_path / "cells.zarr")
+    two = run(
+        h5ad=str(tmp_path / "cells.zarr"), dictionary=str(one / "dictionary"), out_of_core=True,
+        memory_gib=0.02, every_gene=True, workdir=str(tmp_path / "two"),
+    )  # fmt: skip
+    for name in ("enrichment", "genes", "top_terms", "features", "dge"):
+        tables = [pd.read_parquet(out / f"{name}.parquet") for out in (one, two)]
+        pd.testing.assert_frame_equal(*tables)
+    assert (one / "nulls.csv").read_text() == (two / "nulls.csv").read_text()
+    for wrong, message in (
+        ({"embedding": None}, "PCA needs the expression of all cells"),
+        ({"within": "kind A"}, "without --out_of_core"),
+        ({"memory_gib": 1e-6}, "a row of .*takes up to"),
+    ):
+        with pytest.raises(InputError, match=message):
+            run(out_of_core=True, **wrong)

@@ -17,6 +17,7 @@ from analysis import feature_space
 from experiments import feature_lens_compare as program
 from sae_jax import InputError, files
 from sae_jax.state import Params
+from tests.experiments.damage import check_every_file
 
 A = [["T cell", "NK cell"], ["B cell"], [], ["T cell"], ["B cell", "monocyte", "T cell"]]
 B = [["monocyte"], ["T cell", "B cell"], ["T cell"], ["neuron"], ["B cell"], ["T cell", "NK cell"]]
@@ -79,6 +80,7 @@ def jaccard(a: Sequence[str], b: Sequence[str]) -> float:
 
 def test_pairs_and_terms_of_two_runs(compare: Callable[..., Path], tmp_path: Path) -> None:
     out = compare(write_run(tmp_path / "one", A), write_run(tmp_path / "two", B))
+    check_every_file(out)
     pairs = pd.read_parquet(out / "pairs.parquet")
     left = {f"feature_{10 * i}": names for i, names in enumerate(A) if names}
     right = {f"feature_{10 * i}": names for i, names in enumerate(B) if names}

@@ -1,6 +1,10 @@
 """Shards of a sweep, gathered: the run that one job would have made."""
 
+import json
+import shlex
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +17,8 @@ from absl import flags
 from absl.testing import flagsaver
 
 from analysis import plots
-from experiments import merge, sweep
-from sae_jax import InputError, Run, manifest, trainer
+from experiments import merge, sharding, sweep
+from sae_jax import InputError, Run, manifest, metrics, trainer
 
 ROWS = np.random.default_rng(0).normal(size=(120, 4)).astype(np.float32)
 GRID = {
@@ -102,7 +106,7 @@ def test_a_part_is_a_run_of_its_own(shards: Callable[..., Path], tmp_path: Path)
 
 
 def flip(folder: Path) -> None:
-    path = next((folder / "shard-001-of-003").rglob("*.safetensors"))
+    path = sorted(folder.rglob("*.safetensors"))[0]
     values = bytearray(path.read_bytes())
     values[-1] ^= 1
     path.write_bytes(values)
@@ -117,6 +121,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         "of another sweep",
     ),
     "other counts": (lambda f: (f / "shard-001-of-004").mkdir(), r"shards of \[3, 4\]"),
+    "a shard too many": (lambda f: (f / "shard-003-of-003").mkdir(), "none of the shards 0 to 2"),
     "no shards": (lambda f: [shutil.rmtree(each) for each in f.iterdir()], "holds no shards"),
 }
 
@@ -137,3 +142,89 @@ def test_a_folder_that_is_there_is_not_touched(shards: Callable[..., Path], tmp_
     (tmp_path / "merged/mine").touch()
     with pytest.raises(InputError, match="is there already"):
         shards()
+
+
+def positions(folder: Path, index: int, places: list[int]) -> None:
+    path = folder / f"shard-00{index}-of-003/sweep.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"positions": places}))
+
+
+@pytest.mark.parametrize("places", [[0], [100]], ids=["twice", "never"])
+def test_shards_that_were_split_by_another_version_are_refused(
+    places: list[int], shards: Callable[..., Path], runs: Path, tmp_path: Path
+) -> None:
+    kept = json.loads((tmp_path / "shards/shard-001-of-003/sweep.json").read_text())["positions"]
+    first = json.loads((tmp_path / "shards/shard-000-of-003/sweep.json").read_text())["positions"]
+    positions(tmp_path / "shards", 1, [*kept[:-1], first[0] if places == [0] else 100])
+    message = "split by different versions" if places == [0] else "are not the whole"
+    (tmp_path / "shards/shard-001-of-003" / manifest.NAME).unlink()
+    remade = manifest.write  # what a program of that version had written
+    remade(tmp_path / "shards/shard-001-of-003")
+    with pytest.raises(InputError, match=message):
+        shards()
+    if places == [0]:  # one that starts beside them sees it too
+        shutil.rmtree(tmp_path / "shards/shard-002-of-003")
+        more = {"workdir": tmp_path / "shards", "num_shards": 3, "shard_index": 2}
+        with pytest.raises(InputError, match=message):
+            call(sweep, **GRID, data=runs / "rows.npy", **more)
+
+
+def test_a_shard_goes_on_with_what_it_noted(
+    shards: Callable[..., Path], runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though this version would split the grid otherwise."""
+    monkeypatch.setattr(sharding, "split", lambda *_: [[0], [1], [2, 3, 4, 5, 6, 7]])
+    monkeypatch.setattr(trainer, "train_bucket", None)
+    for index in range(3):
+        more = {"workdir": tmp_path / "shards", "num_shards": 3, "shard_index": index}
+        call(sweep, **GRID, data=runs / "rows.npy", **more)
+    assert len(Run.load(shards()).results) == 8
+
+
+def test_a_shard_that_died_is_named_and_completed_by_its_command(
+    shards: Callable[..., Path], runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """One before it wrote anything, one in its training; in a folder that a shell must quote."""
+    folder = tmp_path / "my shards; 2"
+    folder.mkdir()
+    given = {**GRID, "data": runs / "rows.npy", "workdir": folder, "num_shards": 3}
+    given["checkpoint_seconds"] = 0
+    call(sweep, **given, shard_index=0)
+
+    def dies(*_: Any, **more: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics, "evaluate", dies)
+        with pytest.raises(KeyboardInterrupt):
+            call(sweep, **given, shard_index=1)
+    assert any((folder / "shard-001-of-003/checkpoints").rglob("*"))
+    (folder / "shard-002-of-003").mkdir()
+    (folder / "shard-002-of-003/.lock").touch()
+    capsys.readouterr()
+    with pytest.raises(InputError, match="missing or not finished"):
+        call(merge, workdir=folder, output=tmp_path / "whole")
+    told = capsys.readouterr().out.splitlines()
+    assert told[-1].startswith("shard 2 of 3 was not finished: sae-jax sweep ")
+    for line in told:
+        words = shlex.split(line.split(": ", 1)[1])[2:]
+        call(sweep, **dict(word.removeprefix("--").split("=", 1) for word in words))
+    call(merge, workdir=folder, output=tmp_path / "whole")
+    one, many = Run.load(runs / "whole"), Run.load(tmp_path / "whole")
+    pd.testing.assert_frame_equal(one.results, many.results, check_exact=True)
+
+
+def test_a_shard_that_runs_is_not_started_twice(
+    shards: Callable[..., Path], runs: Path, tmp_path: Path
+) -> None:
+    lock = tmp_path / "shards/shard-000-of-003/.lock"
+    holds = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, 2); print(flush=True)"
+    command, pipe = [sys.executable, "-c", f"{holds}; input()", lock], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe) as other:
+        other.stdout.readline()
+        more = {"workdir": tmp_path / "shards", "num_shards": 3, "shard_index": 0}
+        with pytest.raises(InputError, match="shard-000-of-003 is being filled by another process"):
+            call(sweep, **GRID, data=runs / "rows.npy", **more)
+        other.communicate(b"\n")
+    call(sweep, **GRID, data=runs / "rows.npy", **more)

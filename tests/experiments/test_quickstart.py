@@ -24,6 +24,7 @@ from experiments import inputs as reading
 from experiments import quickstart, quickstart_page
 from extract import store
 from sae_jax import InputError, data
+from tests.experiments.damage import check_every_file
 
 GENES, CELLS, PROGRAM = 240, 360, 20
 SMALL = {"n_latents": 100, "steps": 600, "seeds": 1, "pca": 6, "min_size": 5}
@@ -132,6 +133,7 @@ def test_every_file_is_there_and_names_the_planted_programs(
     results = pd.read_parquet(out / "results.parquet")
     assert len(results) == 14  # five penalties each of two presets, four k of the third, one seed
     assert len(list((out / "dictionaries").iterdir())) == 14
+    check_every_file(out)
 
     found = anndata.read_h5ad(out / "features.h5ad")
     assert list(found.obs_names) == list(cells.obs_names)

@@ -1,5 +1,6 @@
 """What every program leaves for a browser can be read again, whatever columns are called."""
 
+import resource
 from pathlib import Path
 
 import anndata
@@ -13,6 +14,7 @@ from scipy import sparse
 from analysis import gene_sets
 from experiments import browse, inputs, run_folder
 from sae_jax import InputError, workdir
+from sae_jax.disk import DiskError
 
 
 def test_columns_that_hdf5_cannot_hold_are_renamed_and_all_can_be_read(tmp_path: Path) -> None:
@@ -39,6 +41,42 @@ def test_columns_that_hdf5_cannot_hold_are_renamed_and_all_can_be_read(tmp_path:
     np.testing.assert_array_equal(found.X.toarray(), z.toarray())
     assert found.uns["about"] == '{"n": 1}'
     assert obs.columns[0] == "type/sub"  # what was given stays as it was
+
+
+def test_a_full_disk_ends_in_a_message_not_in_hdf5(tmp_path: Path) -> None:
+    """HDF5 itself ends the process when it can put away nothing of what it holds."""
+    adata = anndata.AnnData(sparse.random(200, 200, 0.5, format="csr", random_state=0))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(DiskError, match=r"features\.h5ad cannot be written: File too large"):
+            run_folder.write_h5ad(tmp_path / "features.h5ad", adata)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
+    run_folder.write_h5ad(tmp_path / "features.h5ad", adata)
+    found = anndata.read_h5ad(tmp_path / "features.h5ad")
+    np.testing.assert_array_equal(found.X.toarray(), adata.X.toarray())
+
+
+def test_numbers_have_checksums(tmp_path: Path) -> None:
+    obs = pd.DataFrame({"a": pd.Categorical(["x", "y"]), "b": [1, 2], "c": ["u", "v"]})
+    adata = anndata.AnnData(
+        sparse.csr_matrix(np.eye(2)), obs=obs.set_axis(["c1", "c2"]), obsm={"X_m": np.eye(2)},
+        uns={"n": 3, "text": "t"},
+    )  # fmt: skip
+    run_folder.write_h5ad(tmp_path / "x.h5ad", adata)
+    checked, unchecked = set(), set()
+
+    def visit(name: str, held: h5py.Group | h5py.Dataset) -> None:
+        if isinstance(held, h5py.Dataset) and held.shape:
+            (checked if held.fletcher32 else unchecked).add(name)
+
+    with h5py.File(tmp_path / "x.h5ad") as file:
+        file.visititems(visit)
+        assert file["X/data"].compression == "gzip"
+    assert checked == {"X/data", "X/indices", "X/indptr", "obs/a/codes", "obs/b", "obsm/X_m"}
+    assert unchecked == {"obs/_index", "obs/a/categories", "obs/c", "var/_index"}
 
 
 @pytest.mark.parametrize("n_features", [0, 1, 8, 21])

@@ -26,6 +26,7 @@ from experiments.simulation import (
 )
 from experiments.simulation.data import Large
 from sae_jax import InputError, Run
+from tests.experiments.damage import check_every_file
 
 CELLS, GENES, HELD_OUT = 1300, 40, 130
 
@@ -66,6 +67,7 @@ def test_recovery_is_what_scikit_learn_finds_and_a_second_run_trains_nothing(
     out = run()
     assert "order of recovery" in capsys.readouterr().out
     assert sorted(path.name for path in out.iterdir()) == sorted(large.FILES)
+    check_every_file(out)
     drawn = sorted(path.name for path in (out / "figures").iterdir())
     assert drawn == ["figure_1c.png", "figure_s01.png", "figure_s02.png", "figure_s13.png"]
     table = pd.read_parquet(out / "superposition.parquet")

@@ -19,6 +19,7 @@ from analysis import plots
 from experiments.simulation import autoencoder, claims, figures, fitting, page, small, sweep
 from sae_jax import Dictionary, InputError, SAEConfig, redundancy, trainer
 from sae_jax.state import Params
+from tests.experiments.damage import check_every_file
 
 ROOT = Path(__file__).parents[2]
 TINY = sweep.Grid(
@@ -231,6 +232,7 @@ def test_the_program_goes_on_where_it_was_killed(
     run(page=str(path))
     assert len(counted) == 2
     assert sorted(p.name for p in out.iterdir()) == sorted(small.FILES)
+    check_every_file(out)
     drawn = {p.name for p in (out / "figures").iterdir()}
     assert drawn == {f"{name}.png" for name in small.FIGURES}
     table = pd.read_parquet(out / "results.parquet")

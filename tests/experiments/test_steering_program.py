@@ -19,6 +19,7 @@ from analysis import cells, paired
 from experiments import erythroid, steering
 from sae_jax import Dictionary, InputError, SAEConfig
 from sae_jax.state import Params
+from tests.experiments.damage import check_every_file
 
 D, LATENTS, GENES = 4, 6, 150
 KINDS = np.repeat(["A", "B", "C", "other"], [12, 10, 9, 15])
@@ -373,6 +374,7 @@ def test_the_study_of_red_blood_runs(
     call()
     out = tmp_path / "out"
     assert set(erythroid.FILES) <= {path.name for path in out.iterdir()}
+    check_every_file(out)
     told = pd.read_csv(out / "story.csv")
     assert told["gene"].head(3).tolist() == ["Klf1", "Hba-a2", "mean of these"]
     assert pd.read_csv(out / "configurations.csv")["taken"].sum() == 1

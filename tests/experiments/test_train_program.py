@@ -1,10 +1,5 @@
 """`train` and what it shares with `sweep`: rows, splits, files of configurations, processes."""
 
-import json
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +13,8 @@ from absl.testing import flagsaver
 
 import sae_jax
 from experiments import configurations, sweep, train
-from sae_jax import InputError, SAEConfig, files, workdir
+from sae_jax import InputError, SAEConfig, files, lock, workdir
+from tests.experiments.damage import check_every_file
 
 ROWS = np.random.default_rng(0).normal(size=(400, 4)).astype(np.float32)
 FLAGS = {"preset": "vanilla", "n_latents": "8", "l1_weight": "0.1", "batch_size": "32"}
@@ -49,6 +45,7 @@ def test_one_configuration_and_its_files(
 ) -> None:
     out = run()
     assert sorted(path.name for path in out.iterdir()) == sorted(train.FILES)
+    check_every_file(out)
     assert {path.name for path in (out / "figures").iterdir()} == {"training.png", "training.pdf"}
     printed = capsys.readouterr().out
     row = pd.read_parquet(out / "results.parquet").iloc[0]
@@ -164,7 +161,7 @@ def test_files_of_configurations(tmp_path: Path) -> None:
         ("c.py", "1 / 0", "ZeroDivisionError"),
         ("c.py", "configs = []", "holds no configurations"),
         ("d.py", None, "there is no file"),
-        ("c.json", "[", "cannot be read as JSON"),
+        ("c.json", "[", "no JSON"),
     ],
 )
 def test_files_that_are_refused(tmp_path: Path, name: str, text: str | None, message: str) -> None:
@@ -172,42 +169,6 @@ def test_files_that_are_refused(tmp_path: Path, name: str, text: str | None, mes
         (tmp_path / name).write_text(text)
     with pytest.raises(InputError, match=message):
         configurations.configs_from_file(tmp_path / name, 4)
-
-
-def test_processes_started_together_share_the_grid(tmp_path: Path) -> None:
-    np.save(tmp_path / "rows.npy", ROWS)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    command = [
-        sys.executable, "-m", "experiments.sweep", "--multihost", f"--data={tmp_path}/rows.npy",
-        f"--workdir={tmp_path}/out", "--epochs=1", "--preset=vanilla", "--n_latents=8,16",
-        "--l1_weight=0.1,1", "--seeds=0,1,2", "--batch_size=32",
-    ]  # fmt: skip
-    processes = [
-        subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            env={**os.environ, "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2",
-                 "JAX_PROCESS_ID": str(i)},
-        )
-        for i in range(2)
-    ]  # fmt: skip
-    printed = [process.communicate(timeout=240)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], printed
-    shards = sorted((tmp_path / "out").iterdir())
-    assert [path.name for path in shards] == ["shard-000-of-002", "shard-001-of-002"]
-    trained = [
-        SAEConfig.from_dict(fields)
-        for path in shards
-        for fields in json.loads((path / "configs.json").read_text())["configs"]
-    ]
-    whole = sae_jax.grid(
-        "vanilla", d_in=4, n_latents=[8, 16], l1_weight=[0.1, 1], seed=[0, 1, 2], batch_size=32
-    )
-    assert len(trained) == 12
-    assert set(trained) == set(whole)
-    for path in shards:
-        assert (pd.read_parquet(path / "results.parquet")["status"] == "trained").all()
 
 
 def test_multihost_alone_is_refused(run: Callable[..., Path]) -> None:
@@ -263,7 +224,7 @@ def test_a_run_in_progress_is_not_overwritten(
 ) -> None:
     out = run()
     with workdir.locked(out):
-        monkeypatch.setattr(workdir, "_locked", set())
+        monkeypatch.setattr(lock, "_held", set())
         with pytest.raises(InputError, match="filled by another process"):
             run(overwrite="true")
     assert (out / "results.parquet").exists()

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import zarr
 
-from extract import InputError, hashing, provenance, store
+from extract import InputError, hashing, manifest, provenance, store
 from extract.tokens import token_table
 
 WIDTH, CELLS = 4, 10
@@ -87,7 +87,7 @@ def test_chunks_are_on_disk_before_they_are_named(
 ) -> None:
     some = writer(tmp_path)
     events: list[Path] = []
-    monkeypatch.setattr(store, "_sync", events.append)
+    monkeypatch.setattr(manifest, "sync", events.append)
     replace = Path.replace
     monkeypatch.setattr(
         Path, "replace", lambda self, target: (events.append(target), replace(self, target))[1]
@@ -251,6 +251,57 @@ def test_a_damaged_store_is_not_opened(tmp_path: Path, damage: str) -> None:
     with pytest.raises(InputError, match="--overwrite replaces it"):
         store.finished(tmp_path, "layer_00", about())
     assert not store.finished(tmp_path, "layer_00", about(), overwrite=True)
+
+
+def test_every_file_of_a_store_counts(tmp_path: Path) -> None:
+    some = writer(tmp_path)
+    fill(some)
+    path, _ = some.finish()
+    inside = [each for each in sorted(path.rglob("*")) if each.is_file()]
+    assert manifest.check(path) == manifest.check(path, "full") == len(inside)
+    rng = np.random.default_rng(0)
+    for file in inside:
+        content = file.read_bytes()
+        places = rng.integers(len(content), size=300 if file == path / "zarr.json" else 2)
+        for place in places.tolist():
+            damaged = bytearray(content)
+            damaged[place] ^= 1 << (place % 8)
+            file.write_bytes(damaged)
+            with pytest.raises(InputError, match=r"layer_00\.zarr is damaged"):
+                manifest.check(path, "full")
+            if file == path / "zarr.json":
+                with pytest.raises(InputError, match=r"layer_00\.zarr is damaged"):
+                    manifest.check(path)
+        file.unlink()
+        with pytest.raises(InputError, match=r"layer_00\.zarr"):
+            store.open(path)
+        file.write_bytes(content)
+    store.open(path, "full").verify()
+
+
+def test_a_manifest_as_it_was_before_is_read(tmp_path: Path) -> None:
+    some = writer(tmp_path)
+    fill(some)
+    path, _ = some.finish()
+    meta = json.loads((path / "zarr.json").read_text())
+    noted = meta["attributes"]["extraction-manifest"]
+    meta["attributes"]["extraction-manifest"] = noted["files"]
+    (path / "zarr.json").write_text(json.dumps(meta))
+    store.open(path, "full")
+    meta["attributes"]["extraction-manifest"] = noted | {"format": 3}
+    (path / "zarr.json").write_text(json.dumps(meta))
+    with pytest.raises(InputError, match="format 3, of a newer version"):
+        store.open(path)
+
+
+def test_all_its_arrays_have_checksums(tmp_path: Path) -> None:
+    some = writer(tmp_path)
+    fill(some)
+    path, _ = some.finish()
+    for file in path.rglob("zarr.json"):
+        meta = json.loads(file.read_text())
+        if meta["node_type"] == "array" and meta["shape"]:
+            assert meta["codecs"][-1]["name"] == "crc32c", file
 
 
 def test_a_folder_is_no_store(tmp_path: Path) -> None:

@@ -151,8 +151,11 @@ def test_disk_layout_is_the_one_that_saelens_reads(tmp_path: Path) -> None:
     cfg = json.loads((tmp_path / "d/cfg.json").read_text())
     digest = hashlib.sha256((tmp_path / "d/sae_weights.safetensors").read_bytes()).hexdigest()
     assert cfg.pop("weights_sha256") == digest
+    of_cfg = cfg.pop("cfg_sha256")
+    with_weights = json.dumps(cfg | {"weights_sha256": digest}, indent=1) + "\n"
+    assert of_cfg == hashlib.sha256(with_weights.encode()).hexdigest()
     assert cfg == {
-        "format": "sae_jax.Dictionary", "architecture": "sae_jax", "format_version": 1,
+        "format": "sae_jax.Dictionary", "architecture": "sae_jax", "format_version": 2,
         "d_in": D, "d_sae": N,
         "dtype": "float32", "config": made.config.to_dict(), "provenance": made.provenance,
     }  # fmt: skip
@@ -337,13 +340,13 @@ def test_a_cfg_that_is_no_json_is_refused(saved: Path, text: bytes) -> None:
 @pytest.mark.parametrize("text", ["[]", "3", "null", "{}", '{"architecture": "standard"}'])
 def test_the_cfg_of_another_library_is_refused(saved: Path, text: str) -> None:
     (saved / "cfg.json").write_text(text)
-    with pytest.raises(InputError, match="not written by sae_jax"):
+    with pytest.raises(InputError, match=r"is damaged|not written by sae_jax"):
         Dictionary.load(saved)
 
 
 def test_a_newer_format_is_refused(saved: Path) -> None:
     edit_cfg(saved, format_version=dictionary.FORMAT_VERSION + 1)
-    with pytest.raises(InputError, match="format version 2, this sae_jax reads up to 1"):
+    with pytest.raises(InputError, match="format version 3, this sae_jax reads up to 2"):
         Dictionary.load(saved)
 
 

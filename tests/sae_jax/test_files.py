@@ -1,13 +1,24 @@
+import contextlib
+import errno
+import gzip
 import json
 import os
+import resource
+import shutil
+import sqlite3
 import stat
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import matplotlib.figure
 import numpy as np
 import pandas as pd
 import pytest
+import safetensors.numpy
+import zarr
 
-from sae_jax import files
+from sae_jax import disk, files
+from sae_jax.disk import DiskError
 
 
 class BrokenDiskError(Exception):
@@ -169,3 +180,154 @@ def test_parquet_round_trips_without_the_index_and_finds_a_flipped_bit(tmp_path:
     path.write_bytes(damaged)
     with pytest.raises(OSError, match="CRC"):
         pq.read_table(path, page_checksum_verification=True)
+
+
+# Disks that take no more, by the writers in use
+
+NOISE = np.random.default_rng(0).normal(size=(64, 64))  # 32 KiB, incompressible
+
+
+@contextlib.contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """The next byte of any file is refused, as a full disk would."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def by_sqlite(path: Path) -> None:
+    connection = sqlite3.connect(path)
+    try:
+        connection.execute("CREATE TABLE t (x BLOB)")
+        connection.execute("INSERT INTO t VALUES (?)", (NOISE.tobytes(),))
+        connection.commit()
+    finally:
+        connection.close()
+
+
+def by_matplotlib(path: Path) -> None:
+    figure = matplotlib.figure.Figure()
+    figure.add_subplot().imshow(NOISE)
+    figure.savefig(path, format="png")
+
+
+def by_gzip(path: Path) -> None:
+    with gzip.open(path, "wb") as file:
+        file.write(NOISE.tobytes())
+
+
+def by_numpy(path: Path) -> None:
+    with path.open("wb") as file:
+        np.save(file, NOISE)
+
+
+def by_pytorch(path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    torch.save({"x": torch.zeros(20_000)}, path)  # "unexpected pos 576 vs 534" is all it says
+
+
+# HDF5 is not among them: it ends the process (see `run_folder.write_h5ad`).
+WRITERS: dict[str, Callable[[Path], None]] = {
+    "text": lambda path: path.write_text("x" * 32768),
+    "csv": lambda path: pd.DataFrame(NOISE).to_csv(path),
+    "gzip": by_gzip,
+    "npy": by_numpy,
+    "npz": lambda path: np.savez(path, x=NOISE),
+    "parquet": lambda path: pd.DataFrame(NOISE).to_parquet(path),
+    "safetensors": lambda path: safetensors.numpy.save_file({"x": NOISE}, path),
+    "zarr": lambda path: zarr.save_array(path, NOISE),
+    "sqlite": by_sqlite,
+    "matplotlib": by_matplotlib,
+    "pytorch": by_pytorch,
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_full_disk_is_one_message_whatever_the_writer_raised(tmp_path: Path, writer: str) -> None:
+    path = tmp_path / "results" / "x"
+    with (
+        pytest.raises(DiskError) as told,
+        files_of_at_most(4096),
+        files.write_aside(path) as fresh,
+    ):
+        WRITERS[writer](fresh)
+    assert str(told.value).startswith(f"{path} cannot be written: ")
+    assert " bytes of it were written, more are wanted; " in str(told.value)
+    assert " bytes are free on its disk. " in str(told.value)
+    assert told.value.errno in (errno.EFBIG, errno.ENOSPC, errno.EIO)
+    assert list(path.parent.iterdir()) == []
+
+
+def test_what_is_no_fault_of_the_disk_is_raised_as_it_is(tmp_path: Path) -> None:
+    faults = (KeyError("x"), FileNotFoundError(errno.ENOENT, "gone"), ValueError("code: 12"),
+              RuntimeError("errno = 2"), OSError("no such thing"))  # fmt: skip
+    for fault in faults:
+        with pytest.raises(type(fault)) as raised, files.write_aside(tmp_path / "x"):
+            raise fault
+        assert raised.value is fault
+        assert disk.refused(fault) is None
+
+
+@pytest.mark.parametrize(
+    ("fault", "number"),
+    [
+        (OSError(errno.EROFS, "x"), errno.EROFS),
+        (OSError("4096 requested and 12 written"), errno.ENOSPC),
+        (RuntimeError("(file write failed: errno = 28, error message = 'x')"), errno.ENOSPC),
+        (Exception('I/O error: Os { code: 122, kind: QuotaExceeded }'), errno.EDQUOT),
+        (Exception("IO error: nope (os error 5)"), errno.EIO),
+        (RuntimeError(f"something: {os.strerror(errno.EROFS)}"), errno.EROFS),
+    ],
+)  # fmt: skip
+def test_what_libraries_make_of_a_disk_that_refuses(fault: Exception, number: int) -> None:
+    wrapped = ValueError("while saving")
+    wrapped.__cause__ = fault
+    handled = ValueError("in the end")
+    handled.__context__ = wrapped
+    assert disk.refused(fault) == disk.refused(wrapped) == disk.refused(handled) == number
+    handled.__suppress_context__ = True
+    assert disk.refused(handled) is None
+    assert os.strerror(number) in disk.message(wrapped, Path("there"))
+
+
+def test_nothing_is_written_to_another_disk_of_the_same_name(tmp_path: Path) -> None:
+    """An unmounted disk leaves an empty folder, or none."""
+    run = tmp_path / "mount" / "run"
+    run.mkdir(parents=True)
+    with files.pinned(run):
+        files.write_json(run / "deep" / "a.json", 1)
+        run.parent.rename(tmp_path / "away")
+        with pytest.raises(DiskError, match=r"b\.json cannot be written: No such device.*disk is"):
+            files.write_json(run / "b.json", 1)
+        run.mkdir(parents=True)
+        with pytest.raises(DiskError, match="No such device"):
+            files.write_json(run / "deep" / "c.json", 1)
+        assert list(run.iterdir()) == []
+    files.write_json(run / "d.json", 1)
+
+
+def test_a_folder_that_goes_away_from_under_the_writer(tmp_path: Path) -> None:
+    def write(path: Path) -> None:
+        with files.write_aside(path) as fresh:
+            shutil.rmtree(path.parent)
+            fresh.write_text("x")
+
+    with pytest.raises(DiskError, match=r"run/x cannot be written"):
+        write(tmp_path / "run" / "x")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_new_folders_are_on_the_disk_before_what_is_in_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[Path] = []
+    monkeypatch.setattr(files, "sync", flushed.append)
+    files.make_folder(tmp_path / "a" / "b" / "c")
+    assert (tmp_path / "a/b/c").is_dir()
+    assert set(flushed) == {tmp_path, tmp_path / "a", tmp_path / "a/b"}
+    flushed.clear()
+    files.make_folder(tmp_path / "a" / "b" / "c")
+    assert not flushed

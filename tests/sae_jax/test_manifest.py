@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from sae_jax import InputError, files, manifest
 
+NAMES = ("results.parquet", "empty.txt", "dictionaries", "figures")
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
@@ -22,7 +24,7 @@ def folder(tmp_path: Path) -> Path:
     (run / ".lock").touch()
     (run / "checkpoints").mkdir()
     (run / "checkpoints" / "step").touch()
-    manifest.write(run, without=("checkpoints",))
+    manifest.write(run, NAMES)
     return run
 
 
@@ -63,7 +65,7 @@ def test_a_folder_being_changed_has_none(folder: Path) -> None:
         raise KeyboardInterrupt
     with pytest.raises(InputError, match="was not finished; give its command again"):
         manifest.check(folder)
-    with manifest.renewed(folder, ("checkpoints",)):
+    with manifest.renewed(folder, NAMES):
         (folder / "empty.txt").write_text("more")
     assert manifest.check(folder, "full") == 3
 
@@ -96,3 +98,52 @@ def test_only_five_of_many_are_named(tmp_path: Path) -> None:
         (tmp_path / f"{i}").unlink()
     with pytest.raises(InputError, match=r"4 is missing and 3 more\."):
         manifest.check(tmp_path)
+
+
+def test_every_byte_of_the_manifest_counts(folder: Path) -> None:
+    (folder / "empty.txt").rename(folder / "é.txt")  # escaped in JSON, in two ways
+    manifest.write(folder)
+    path = folder / manifest.NAME
+    content = path.read_bytes()
+    some = np.random.default_rng(0).permutation(len(content))[:100].tolist()
+    for place in [content.index(b"u00e9") + 3, *some]:  # E for e: JSON of the same meaning
+        for bit in (1 << (place % 8), 32):
+            damaged = bytearray(content)
+            damaged[place] ^= bit
+            path.write_bytes(damaged)
+            with pytest.raises(InputError):
+                manifest.check(folder, "full")
+    path.write_bytes(content)
+    manifest.check(folder, "full")
+
+
+def test_what_comes_later_is_added(folder: Path) -> None:
+    (folder / "figures").mkdir()
+    (folder / "figures" / "a.png").write_bytes(b"a")
+    (folder / "figures" / ".hidden").write_bytes(b"b")
+    manifest.add(folder, "figures", "none")
+    assert manifest.check(folder, "full") == 4
+    (folder / "figures" / "a.png").write_bytes(b"c")
+    assert manifest.differs(folder, "figures/a.png") == "figures/a.png has other contents"
+    assert manifest.differs(folder, "empty.txt") is None
+    assert manifest.differs(folder, "notes.txt") == "notes.txt is not in the manifest"
+    manifest.add(folder, "figures")
+    assert manifest.check(folder, "full") == 4
+    manifest.remove(folder)
+    manifest.add(folder, "empty.txt")
+    assert manifest.check(folder, "full") == 1
+
+
+def test_it_is_gone_from_the_disk_before_anything_changes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[bool] = []
+    sync = files.sync
+
+    def watched(path: Path) -> None:
+        flushed.append(path == folder and not (folder / manifest.NAME).exists())
+        sync(path)
+
+    monkeypatch.setattr(files, "sync", watched)
+    manifest.remove(folder)
+    assert flushed == [True]

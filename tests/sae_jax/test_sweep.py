@@ -29,6 +29,7 @@ from sae_jax import (
     bucket,
     distributed,
     grid,
+    lock,
     sweep,
     trainer,
     workdir,
@@ -231,7 +232,7 @@ def test_a_sweep_on_one_device_equals_one_on_two(
     plain: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = Mesh(np.asarray(jax.devices()[:1]), ("member",), axis_types=(AxisType.Auto,))
-    monkeypatch.setattr(distributed, "member_mesh", lambda members: one)
+    monkeypatch.setattr(distributed, "member_mesh", lambda *_: one)
     found = train()
     # Weights and history are promised bit for bit. The metrics' float32 sums are fused in another
     # way, so they agree to rounding.
@@ -415,7 +416,7 @@ def test_a_run_that_died_while_writing_continues(
 def test_a_damaged_dictionary_is_not_passed_on(run_folder: Path) -> None:
     weights = run_folder / "dictionaries/0003/sae_weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
-    with pytest.raises(InputError, match="0003 holds a damaged dictionary"):
+    with pytest.raises(InputError, match=r"0003.*is damaged"):
         train(run_folder)
 
 
@@ -531,7 +532,7 @@ def test_a_folder_that_another_process_fills_is_refused(
 ) -> None:
     with workdir.locked(run_folder):
         train(run_folder)  # the same process may
-        monkeypatch.setattr(workdir, "_locked", set())
+        monkeypatch.setattr(lock, "_held", set())
         with pytest.raises(InputError, match="filled by another process"):
             train(run_folder)
         assert (run_folder / "results.parquet").exists()
@@ -593,7 +594,7 @@ def test_a_choice_beside_a_preset_keeps_what_the_preset_requires() -> None:
 def test_a_finished_run_is_loaded_whole(finished: Path, plain: Run) -> None:
     found = Run.load(finished)
     assert_equal_runs(found, plain)
-    with pytest.raises(InputError, match="missing or damaged"):
+    with pytest.raises(InputError, match=r"results\.parquet"):
         Run.load(finished / "dictionaries")
 
 

@@ -1,0 +1,199 @@
+r"""Kills, full disks and the order of fsyncs, over five stages of the work.
+
+    python -m tests.durability.main --stage=all --table=docs/durability.md     (Linux with strace)
+
+Each stage is a small command on real formats (see stages.py). It is run unbroken; then
+
+- kills: strace stops it after every system call that changes its folder. What lies there is what a
+  `kill -9` there would leave: it is copied, and the same command must go on from the copy to the
+  same weights, tables and stores, bit for bit. All calls before and after which what has its final
+  place differs are taken, and --most of each kind among those that write aside (0: all).
+- real: processes are killed there, and --random further ones at any time.
+- order: every file that takes its final name was fsynced before, its folder after, and nothing that
+  a manifest lists is touched after the manifest.
+- full: the command on a tmpfs of 4 MB with little room: one line says so, nothing partial stays,
+  and with room the same command goes on.
+
+It must show: identical in all lines, no violations. About an hour on two cores.
+"""
+
+import functools
+import json
+import os
+import random
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from tests.durability import stages
+
+stages.settle()
+
+from absl import flags  # noqa: E402
+
+from tests.durability import full, kills, order, tracing  # noqa: E402
+from tests.durability.stages import OUT, STAGES, Stage  # noqa: E402
+
+FLAGS = flags.FlagValues()  # of its own: the commands define theirs in this process
+
+TOLD = {
+    "kills": """## Kills
+System calls that change the folder of a run that is let be, by kind; after how many of them the
+process was stopped (all before and after which what has its final place differs, and a sample of
+those that write aside); and of how many different states found there, of processes killed there,
+and of processes killed at random times, the same command went on to the very same files.""",
+    "order": """## Order of fsyncs
+Files that took their final name, those in folders renamed whole too. A violation: one that was not
+fsynced after its last write and before; a folder not fsynced after a name in it changed; a file
+touched after the manifest that lists it.""",
+    "full": """## Full disks
+The command on a tmpfs of 4 MB with so much room, what it said last, how many partial files stayed,
+and whether it went on once there was room.""",
+}
+FILLED = (0, 0.1, 0.3, 0.6, 0.9)  # free room, of what a whole run takes
+
+
+def define_flags() -> None:
+    """Of this program."""
+    own = {"flag_values": FLAGS}
+    flags.DEFINE_list("stage", ["all"], f"Some of {', '.join(STAGES)}.", **own)
+    flags.DEFINE_list("checks", ["kills", "order", "full"], "Some of these.", **own)
+    flags.DEFINE_integer(
+        "most", 20, "Calls of a kind, of those that write aside; 0: all.", 0, **own
+    )
+    flags.DEFINE_integer("real", 5, "Processes of a stage killed by strace after a call.", 0, **own)
+    flags.DEFINE_integer("random", 20, "Processes of a stage killed at random times.", 0, **own)
+    flags.DEFINE_integer("jobs", 2, "Processes side by side.", 1, **own)
+    flags.DEFINE_integer("seed", 0, "Of what is drawn at random.", 0, **own)
+    flags.DEFINE_string("table", None, "Markdown file to write the tables to, too.", **own)
+    flags.DEFINE_string(
+        "folder", None, "For runs, to look at what went wrong; default: temporary.", **own
+    )
+
+
+def main() -> None:
+    """Runs the checks by the flags; exit status 1 if anything is not as promised."""
+    if not tracing.available():
+        sys.exit("error: strace is needed, and the right to trace one's own processes")
+    names = list(STAGES) if FLAGS.stage == ["all"] else FLAGS.stage
+    if unknown := set(names) - set(STAGES):
+        sys.exit(f"error: --stage={','.join(sorted(unknown))} is none of {', '.join(STAGES)}")
+    folder = Path(FLAGS.folder or tempfile.mkdtemp(prefix="durability-")).resolve()
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder / "programs"))
+    wrong: list[str] = []
+    for name in names:
+        base = folder / name
+        shutil.rmtree(base, ignore_errors=True)
+        base.mkdir(parents=True)
+        stage = STAGES[name]
+        stage.load()
+        kills.prepare(stage, base)
+        run = kills.unbroken(stage, base)
+        found: dict[str, list[dict[str, Any]]] = {}
+        if "kills" in FLAGS.checks:
+            found["kills"] = [killed(stage, base, run, wrong)]
+        if "order" in FLAGS.checks:
+            found["order"] = [ordered(stage, base, run, wrong)]
+        if "full" in FLAGS.checks:
+            found["full"] = filled(stage, base, run, wrong)
+        (base / "rows.json").write_text(json.dumps(found))
+    text = tables(folder)
+    print(text)
+    print("\n".join(f"wrong: {each}" for each in wrong) or "nothing is wrong")
+    if FLAGS.table:
+        Path(FLAGS.table).write_text(text)
+    if not FLAGS.folder and not wrong:
+        shutil.rmtree(folder)
+    sys.exit(bool(wrong))
+
+
+def killed(stage: Stage, base: Path, run: kills.Unbroken, wrong: list[str]) -> dict[str, Any]:
+    """A row of the first table."""
+    began, chance = time.monotonic(), random.Random(FLAGS.seed)
+    most = FLAGS.most or len(run.events)
+    numbers = kills.points(run.events, base / "traced" / OUT, most, FLAGS.seed)
+    frozen = kills.freeze(stage, base, numbers)
+    some = chance.sample(numbers, min(FLAGS.real, len(numbers)))
+    at = [chance.uniform(0, run.seconds) for _ in range(FLAGS.random)]
+    expected = run.outcome
+    tasks = {
+        "frozen": [functools.partial(kills.resume, stage, copy, expected, told)
+                   for told, copy in frozen.values()],
+        "by strace": [functools.partial(kills.kill_after_event, stage, base, expected, number)
+                      for number in some],
+        "at random": [functools.partial(kills.kill_after_seconds, stage, base, expected, t, i)
+                      for i, t in enumerate(at)],
+    }  # fmt: skip
+    every = kills.share([task for group in tasks.values() for task in group], base, FLAGS.jobs)
+    results = every
+    row: dict[str, Any] = {"stage": stage.name, "calls": len(run.events)}
+    row |= kills.counted(run.events) | {"stopped after": len(numbers)}
+    for name, group in tasks.items():
+        own, results = results[: len(group)], results[len(group) :]
+        row[name] = f"{sum(not each.wrong for each in own)} of {len(own)}"
+        if name != "frozen":
+            row[name] += f" ({sum(each.at is not None for each in own)} killed)"
+        wrong += [f"{stage.name}, {name}, {each.at}: {each.wrong}" for each in own if each.wrong]
+    row["empty folders left"] = sum(bool(each.husks) for each in every)
+    return row | {"seconds a run": f"{run.seconds:.1f}", "seconds": round(time.monotonic() - began)}
+
+
+def ordered(stage: Stage, base: Path, run: kills.Unbroken, wrong: list[str]) -> dict[str, Any]:
+    """A row of the second table."""
+    found = order.checked(run.events, base / "traced" / OUT)
+    wrong += [f"{stage.name}: {each}" for each in found.violations]
+    return {
+        "stage": stage.name, "fsyncs": kills.counted(run.events)["fsync"],
+        "files renamed into place": found.renamed, "violations": len(found.violations),
+        "last": found.last,
+    }  # fmt: skip
+
+
+def filled(stage: Stage, base: Path, run: kills.Unbroken, wrong: list[str]) -> list[dict[str, Any]]:
+    """Rows of the third table."""
+    rows = []
+    for share in FILLED:
+        free = int(share * full.used(base / "traced" / OUT)) // 4096 * 4096
+        found = full.tried(stage, base, run.outcome, free)
+        problems = list(found.wrong)
+        if found.status:
+            if found.traceback:
+                problems.append("a traceback")
+            if not found.said.startswith("error:"):
+                problems.append(f"said {found.said!r}")
+            problems += [f"{name} is partial" for name in found.partial]
+        wrong += [f"{stage.name}, {free} bytes free: {each}" for each in problems]
+        rows.append(
+            {
+                "stage": stage.name,
+                "KiB free": free // 1024,
+                "status": found.status,
+                "said": found.said if found.status else "",
+                "partial": len(found.partial),
+                "with room": "identical" if not found.wrong else "wrong",
+            }
+        )
+    return rows
+
+
+def tables(folder: Path) -> str:
+    """Markdown of all stages that were run in a folder, now or earlier."""
+    stored = [folder / name / "rows.json" for name in STAGES]
+    found = [json.loads(path.read_text()) for path in stored if path.exists()]
+    text = ["# Killed, out of room, out of power", "`python -m tests.durability.main --stage=all`"]
+    for name, told in TOLD.items():
+        rows = [row for each in found for row in each.get(name, [])]
+        if rows:
+            lines = [list(rows[0]), ["---"] * len(rows[0]), *(row.values() for row in rows)]
+            table = ("| " + " | ".join(map(str, line)) + " |" for line in lines)
+            text += [told, "\n".join(table)]
+    return "\n\n".join(text) + "\n"
+
+
+if __name__ == "__main__":
+    define_flags()
+    FLAGS(sys.argv)
+    main()
