@@ -7,15 +7,12 @@ settings is written first: it tells a folder of the program from anybody's.
 import collections
 import contextlib
 import json
-import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from absl import flags, logging
-from pyarrow import parquet
 
 from extract import hashing
 from extract.errors import listed
@@ -166,6 +163,9 @@ def readable(path: Path) -> bool:
 
     All of it is read, a part at a time: pages and members have checksums.
     """
+    import pandas as pd  # heavy, for programs that only want a folder
+    from pyarrow import parquet
+
     try:
         check_file(path)
         if path.suffix == ".parquet":
@@ -176,7 +176,7 @@ def readable(path: Path) -> bool:
                 collections.deque(arrays.values(), maxlen=0)
         else:
             return path.read_text().endswith("\n") and len(pd.read_csv(path).columns) > 1
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile):  # pyarrow's are ValueErrors
+    except Exception:  # libraries raise dozens of kinds at what they did not write
         if path.exists():
             logging.warning("%s cannot be read and is made again", path)
         return False

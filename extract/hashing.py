@@ -3,9 +3,12 @@
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def names_hash(names: Iterable[str]) -> str:
@@ -16,7 +19,7 @@ def names_hash(names: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-def rows_hash(obs: pd.DataFrame, pooling: str) -> str:
+def rows_hash(obs: "pd.DataFrame", pooling: str) -> str:
     """SHA-256 of the names of rows; under "tokens" of the cells' names and the rows of each.
 
     Tokens are many (1e8): their rows have numbers for names, and each cell's follow one another.

@@ -353,6 +353,7 @@ AXES = {
     ),
 }
 MEASURES = {"cpu_seconds": "time", "added_bytes": "memory"}
+UNITS = {"cpu_seconds": 1, "added_bytes": 2**20}  # of the figure
 
 
 def curves_of(points: list[Point]) -> dict[tuple[str, str], list[Point]]:
@@ -420,31 +421,32 @@ def text(points: list[Point]) -> str:
 def figure(points: list[Point]) -> "Figure":
     """Two panels an axis, CPU seconds above and memory below; grey: in proportion."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     curves = curves_of(points)
     axes = list(dict.fromkeys(axis for axis, _ in curves))
-    figure = Figure(figsize=(3.4 * len(axes), 6.2), layout="constrained")
-    panels = figure.subplots(2, len(axes), sharex="col", squeeze=False)
+    figure = Figure(figsize=(1 + 2.6 * len(axes), 6.2), layout="constrained")
+    panels = figure.subplots(2, len(axes), sharex="col", sharey="row", squeeze=False)
     for column, axis in zip(panels.T, axes, strict=True):
-        for panel, measure in zip(column, MEASURES, strict=True):
-            unit = 2**20 if measure == "added_bytes" else 1
-            ends = []
-            for marker, ((of, curve), found) in zip("osos^^DvPX" * 2, curves.items(), strict=False):
-                if of != axis or not found:
-                    continue
-                value = [max(point[measure], 1) / unit for point in found]
-                panel.plot([point["size"] for point in found], value, marker=marker, label=curve)
-                ends.append((found[0]["size"], found[-1]["size"], value[-1]))
-            panel.set(xscale="log", yscale="log")
-            bottom = panel.get_ylim()[0]
-            for first, last, value in ends:
-                first = max(first, last * bottom / value)
-                panel.plot([first, last], [value * first / last, value], color="#999999",
-                           linestyle=":", linewidth=1.2, zorder=1)  # fmt: skip
-            panel.set_ylim(bottom=bottom)
+        for panel, (measure, unit) in zip(column, UNITS.items(), strict=True):
+            for marker, ((of, curve), found) in zip("osos^D" * 3, curves.items(), strict=False):
+                if of == axis and found:
+                    sizes = np.array([point["size"] for point in found])
+                    values = np.array([point[measure] for point in found]) / unit
+                    panel.plot(sizes, values, marker=marker, markersize=5, label=curve)
+                    panel.plot(sizes, values[-1] * sizes / sizes[-1], color="#999999",
+                               linestyle=":", linewidth=1.2, zorder=1)  # fmt: skip
             panel.grid(alpha=0.25)
-        column[0].legend(frameon=False, fontsize=9)
+        column[0].legend(frameon=False, fontsize=9, loc="upper left")
         column[1].set_xlabel(AXES[axis].label)
+    for measure, row in zip(UNITS, panels, strict=True):
+        there = [point[measure] / UNITS[measure] for found in curves.values() for point in found]
+        for panel in row:
+            panel.set(xscale="log", yscale="log", ylim=(min(there) / 2, 4 * max(there)))
+            for ticks in (panel.xaxis, panel.yaxis):
+                ticks.set_major_locator(LogLocator(numticks=6))
+                ticks.set_minor_locator(NullLocator())
+                ticks.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     panels[0, 0].set_ylabel("CPU seconds")
     panels[1, 0].set_ylabel("memory added at the peak, MiB")
     return figure

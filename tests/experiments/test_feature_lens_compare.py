@@ -173,7 +173,7 @@ def test_what_is_no_finished_run_is_refused_before_anything_is_written(
     with pytest.raises(InputError, match="disagree"):
         compare(one, two)
     (two / "lens.json").write_text("{")
-    with pytest.raises(InputError, match="two is damaged"):
+    with pytest.raises(InputError, match=r"two.*is damaged"):
         compare(one, two)
     assert not (tmp_path / "out").exists()
 

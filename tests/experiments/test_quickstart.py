@@ -356,7 +356,7 @@ def test_a_store_and_a_finished_sweep(run: Callable[..., Path], swept: tuple[Pat
     ("given", "message"),
     [
         ({"embedding": "nowhere.zarr"}, "no extraction store"),
-        ({"sweep": "nowhere"}, "nowhere/results.parquet is missing"),
+        ({"sweep": "nowhere"}, "no file nowhere/results.parquet"),
         ({"embedding": "X_some"}, "was trained on other rows"),
         (
             {"embedding": None, "pca": 8},

@@ -268,7 +268,7 @@ def test_a_lens_names_its_dictionary(tmp_path: Path) -> None:
     assert steering.dictionary_folder(str(tmp_path)) == tmp_path / "dictionary"
     (tmp_path / "dictionary").rmdir()
     (tmp_path / "lens.json").write_text(json.dumps({"dictionary": None}))
-    with pytest.raises(InputError, match="is a lens run that has no dictionary yet"):
+    with pytest.raises(InputError, match="is of a lens run that has no dictionary yet"):
         steering.dictionary_folder(str(tmp_path))
 
 

@@ -295,5 +295,5 @@ def test_strange_yaml(
 
 def test_a_python_config_that_exits(run: Callable[..., Path], tmp_path: Path) -> None:
     (tmp_path / "c.py").write_text("import sys\nsys.exit(3)\n")
-    with pytest.raises(InputError, match="SystemExit: 3"):
+    with pytest.raises(InputError, match=r"SystemExit.*3"):
         run(sweep, **dict.fromkeys(FLAGS), config=str(tmp_path / "c.py"))
