@@ -79,7 +79,8 @@ def annotate(
     rule = rule or Rule()
     if block < 1 or bins < 1 or not (null_features == 0 or null_features >= 30):
         raise InputError(
-            f"block={block}, bins={bins} must be at least 1, null_features={null_features} 0 or 30"
+            f"block={block}, bins={bins} must be at least 1, null_features={null_features} 0 or at "
+            "least 30 permuted ones"
         )
     _check(z, expression, sets, rule)
     groups = top_cells(z, rule.percentile)

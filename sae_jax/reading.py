@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from sae_jax import disk
 from sae_jax.errors import InputError, brief
 
 LARGEST_JSON = 2**28  # bytes
@@ -44,6 +45,8 @@ def reading(what: str | os.PathLike[str], why: str = "", advice: str = "") -> It
             raise
         raise InputError(f"{what}: {error}") from None
     except Exception as error:  # libraries raise dozens of kinds at what they did not write
+        if disk.refused(error) in disk.FULL:
+            raise  # of what is written meanwhile: no fault of this file
         told = why or ("cannot be read" if isinstance(error, OSError) else "is damaged")
         raise InputError(f"{what} {told}: {brief(error)}{advice}") from error
 

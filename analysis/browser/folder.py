@@ -36,12 +36,16 @@ BLOCK = 1 << 20  # entries of a matrix, or rows of a table, that are held at onc
 @contextlib.contextmanager
 def reading(path: str | Path) -> Iterator[None]:
     """What libraries raise at a damaged file, as an InputError that names the file."""
-    if not Path(path).exists() and not Path(path).is_symlink():
-        raise InputError(f"{path} is missing: is this the folder of a finished run?")
+    if Path(path).exists() or Path(path).is_symlink():
+        check_file(path)
     advice = "; it is damaged or of another kind: make it again with the program that wrote it."
-    check_file(path)
-    with errors_of(path, advice=advice):
-        yield
+    try:
+        with errors_of(path, advice=advice):
+            yield
+    except InputError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            raise InputError(f"{path} is missing: is this the folder of a finished run?") from None
+        raise
 
 
 @dataclass(frozen=True, eq=False)

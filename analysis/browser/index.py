@@ -226,8 +226,9 @@ def opened(folder: Path, key: str, make: Callable[[Path], None]) -> Index:
         return Index(path)
     except UnwrittenError as error:
         raise _unwritten(folder, error.cause, error.wanted) from None
-    except OSError as error:
-        raise _unwritten(folder, error, None) from None
+    except OSError as error:  # as `write_aside` tells it, perhaps
+        wanted = error.__cause__.wanted if isinstance(error.__cause__, UnwrittenError) else None
+        raise _unwritten(folder, error, wanted) from None
 
 
 def _read(path: Path, key: str) -> Index | None:

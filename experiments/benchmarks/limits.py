@@ -63,7 +63,7 @@ ENCODED = 4096
 FEATURES, LISTS, LENS_CELLS = 256, 16, 3_000
 CELL_FEATURES, CELL_TERMS, MEMORY = 128, 1_000, 2**30
 FEW_CELLS = 2_000  # of the store that is used before the clock runs
-REPEATS, SHORT = 3, 1.0  # of work of fewer seconds
+REPEATS, SHORT = 3, 1.0  # of work of fewer CPU seconds
 PROPORTIONAL = (0.8, 1.2)
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
@@ -162,7 +162,7 @@ def measured(curve: Curve, size: int, folder: Path) -> Point:
     before()
     Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
     walls, cpus = [], []
-    while len(walls) < (REPEATS if max(walls, default=0) < SHORT else 1):
+    while len(walls) < (REPEATS if max(cpus, default=0) < SHORT else 1):
         wall, cpu = time.perf_counter(), time.process_time()
         work()
         walls.append(time.perf_counter() - wall)

@@ -70,7 +70,7 @@ def test_what_the_work_adds_is_measured(tmp_path: Path) -> None:
         kept[:] = [bytearray(b"1") * size]
 
     found = limits.measured(made, size, tmp_path)
-    assert len(calls) == limits.REPEATS
+    assert 1 <= len(calls) <= limits.REPEATS  # three, unless the machine is very busy
     assert size <= found["added_bytes"] < 2 * size + 2**25
     assert found["peak_bytes"] > found["added_bytes"]
     assert 0 < found["cpu_seconds"] < 60

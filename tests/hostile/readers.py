@@ -114,6 +114,11 @@ def _run(folder: Path) -> None:
     made.finish()
 
 
+def _loaded(folder: Path) -> Any:
+    run = TrainedRun.load(folder)
+    return [*map(_read_dictionary, run.dictionaries), run.results, run.history]
+
+
 def _resume(folder: Path) -> Any:
     configs = [dictionary(seed).config.to_dict() for seed in range(2)]
     found = Workdir(folder, {"configs": configs, "epochs": 2, "data_seed": 0}).finished()
@@ -490,9 +495,7 @@ READERS = (
            ("d/cfg.json", f"d/{WEIGHTS}")),
     Reader("from_pretrained (dictionary_learning)", _learned,
            lambda f: _read_dictionary(Dictionary.from_pretrained(f)), ("ae.pt", "config.json")),
-    Reader("Run.load", _run, lambda f: [*map(_read_dictionary, TrainedRun.load(f).dictionaries),
-                                        TrainedRun.load(f).results, TrainedRun.load(f).history],
-           ("results.parquet", "history.parquet")),
+    Reader("Run.load", _run, _loaded, ("results.parquet", "history.parquet"), light=True),
     Reader("train (resumed)", _run, _resume, ("configs.json",), named=("case",)),
     Reader("manifest.check", _run, lambda f: manifest.check(f, "full"),
            ("manifest.json", "results.parquet", "configs.json"), named=("case",),
