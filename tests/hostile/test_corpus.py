@@ -41,7 +41,7 @@ def test_every_fault_is_told_in_a_line(reader: Reader, tmp_path: Path) -> None:
         ):
             wrong.append(f"{file}: {fault}: {outcome.verdict}: {outcome.said[:300]!r} {ours}")
     assert not wrong, "\n".join(wrong)
-    assert "refused" in kinds
+    assert kinds != {"same"}
 
 
 @pytest.mark.parametrize(("reader", "file", "content"), found.FOUND.values(), ids=found.FOUND)
