@@ -46,13 +46,13 @@ def trained(inputs: Inputs, out: Path) -> list[sae_jax.Dictionary]:
     if (out / "dictionary").exists():  # written last
         paths = [out / "dictionary", *sorted(others.glob("[0-9]*"))]
         return [sae_jax.Dictionary.load(path) for path in paths]
+    train, validation = data.split(len(inputs.embedding), 0.1, FLAGS.seed)
     config = sae_jax.SAEConfig.preset(
         "vanilla", d_in=inputs.embedding.shape[1], n_latents=FLAGS.n_latents,
         l1_weight=FLAGS.l1_weight, learning_rate=FLAGS.learning_rate, reduction=FLAGS.reduction,
-        batch_size=min(128, len(inputs.embedding)), seed=FLAGS.seed,
+        batch_size=min(128, len(train)), seed=FLAGS.seed,
     )  # fmt: skip
     configs = [dataclasses.replace(config, seed=FLAGS.seed + i) for i in range(FLAGS.seeds)]
-    train, validation = data.split(len(inputs.embedding), 0.1, FLAGS.seed)
     began = time.perf_counter()
     run = sae_jax.train(
         configs, inputs.embedding[train], inputs.embedding[validation], epochs=FLAGS.epochs,

@@ -97,6 +97,7 @@ def _claim(out: Path, settings: str, produced: Sequence[str], more: dict[str, An
         for name in [*KEPT, *(n for n in produced if n != settings), "tensorboard", settings]:
             files.remove(out / name)
     manifest.remove(out)
+    files.remove_leftovers(out / "figures")
     if not (out / "configs.json").exists():
         files.write_json(out / settings, given_flags() | (more or {}))
 

@@ -25,6 +25,7 @@ from absl import logging
 from jax.sharding import Mesh
 
 from sae_jax import distributed, ensemble, pulse
+from sae_jax.errors import brief
 
 KEPT = 2  # of each bucket: the latest, and one to fall back on
 
@@ -116,7 +117,9 @@ class Checkpoints:
                 manager.save(step, args=content, force=True)
                 manager.wait_until_finished()
         except Exception as error:  # Orbax raises many kinds, of which none may end a sweep
-            logging.warning("no checkpoint could be written to %s: %s", self.folder, error)
+            logging.warning(
+                "no checkpoint could be written to %s: %.200s", self.folder, brief(error)
+            )
         self.last = time.monotonic()
         if distributed.agree(self.preemption.asked).any():
             logging.warning("SIGTERM: stopped at epoch %d of this program; it can go on", step)
