@@ -33,9 +33,10 @@ def read_named(out: Path) -> tuple[sparse.csr_array, list[str]]:
     """Which term names which feature, bool [features, terms], and the terms."""
     with reading(out / "named.npz"), np.load(check_file(out / "named.npz")) as stored:
         found = dict(stored)
-    ones = np.ones(len(found["indices"]), bool)
-    matrix = sparse.csr_array((ones, found["indices"], found["indptr"]), shape=found["shape"])
-    return matrix, found["terms"].tolist()
+        ones = np.ones(len(found["indices"]), bool)
+        matrix = sparse.csr_array((ones, found["indices"], found["indptr"]), shape=found["shape"])
+        matrix.check_format(full_check=True)  # SciPy would follow a wild index out of memory
+        return matrix, found["terms"].tolist()
 
 
 def read_counts(out: Path) -> pd.DataFrame:

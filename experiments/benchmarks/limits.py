@@ -1,6 +1,6 @@
 r"""Where time and memory stop growing in proportion to what a user brings, along five axes.
 
-    python -m experiments.benchmarks.limits --out=runs/limits        (about 25 minutes, 2 cores)
+    python -m experiments.benchmarks.limits --out=runs/limits        (half an hour, two quiet cores)
     python -m experiments.benchmarks.limits --quick                (the two least of every curve)
 
     rows      one dictionary 512 -> 2048, an epoch, by `sae_jax.train`: streamed from zarr through
@@ -380,6 +380,8 @@ def departures(points: list[Point]) -> list[str]:
     lines = []
     low, high = PROPORTIONAL
     for (axis, curve), found in curves_of(points).items():
+        if len(found) < 2:
+            continue
         sizes = [f"{point['size']:,}" for point in found]
         for measure, name in MEASURES.items():
             told = [

@@ -31,7 +31,9 @@ def test_slopes_are_the_powers_of_growth() -> None:
 def test_departures_are_told_and_nothing_else() -> None:
     bent = curve("rows", "streamed", 1, (10, 40)) + curve("rows", "streamed", 1.5, (160,))
     straight = curve("terms", "lens", 1.1, (10, 40, 160))
-    told = limits.departures([*bent, *straight])
+    alone = curve("cells", "lens", 1, (10,))  # of which nothing is known
+    told = limits.departures([*bent, *straight, *alone])
+    assert len(told) == 4
     steep = math.log(160**1.5 / 40) / math.log(4)
     assert told[0] == f"rows, streamed, time: 40 to 160 {steep:.2f}"
     assert told[1] == "rows, streamed, memory: 10 to 40 0.00; 40 to 160 0.00"

@@ -26,7 +26,7 @@ from tests.hostile.faults import MARKER, Fault
 from tests.hostile.readers import READERS, Reader
 
 MEMORY = 200 << 20  # bytes that reading a broken file may take, beyond what the process has
-SECONDS = 10
+SECONDS = 60
 LIGHT = ("truncated", "flipped", "wrong format", "wrong type", "hostile pickle", "missing key")
 
 
