@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from sae_jax import ensemble, models, programs, streaming
+from sae_jax import ensemble, models, programs, pulse, streaming
 from sae_jax.state import History, Hyperparams, Normalizer, TrainState
 
 # States, hyperparameters, first epoch and how many -> states and history [members, epochs].
@@ -75,8 +75,9 @@ def streamed(
 
     def epoch(states: TrainState, hyper: Hyperparams, number: int) -> tuple[TrainState, History]:
         means, weights = [], []
-        for _ in range(rows.buffers_of_epoch):
+        for part in range(rows.buffers_of_epoch):
             buffer, order = next(buffers)
+            pulse.beat(f"epoch {number}, buffer {part}")
             states, metrics = programs.train_buffer(states, hyper, buffer, order, **static)
             means.append(ensemble.local(metrics))  # waits, so that no more than two buffers exist
             weights.append(len(order))
