@@ -389,7 +389,7 @@ def test_the_rows_of_a_store_are_taken(
     }.items():
         value, message = said if isinstance(said, tuple) else (said, "")
         altered = dataclasses.replace(real, extraction=real.extraction | {changed: value})
-        monkeypatch.setattr(store, "open", lambda _, altered=altered: altered)
+        monkeypatch.setattr(store, "open", lambda *_, altered=altered: altered)
         with pytest.raises(InputError, match=message):
             source_of(given)
 

@@ -240,13 +240,8 @@ def test_twins_are_equal_and_a_seed_is_of_the_initialisation_only() -> None:
     assert np.any(trained.params.encoder[0] != trained.params.encoder[2])
 
 
-@pytest.mark.parametrize("with_diverged", [False, True])
-def test_vmap_equals_lax_map_in_float64(
-    with_diverged: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    configs = list(MEMBERS["topk"])
-    if with_diverged:
-        configs[1] = dataclasses.replace(configs[1], learning_rate=1e155)
+def test_vmap_equals_lax_map_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    configs = MEMBERS["topk"]
     rows = ROWS.astype(np.float64)
     with jax.enable_x64(True):
         mapped = train(configs, cpus(1), rows)
@@ -256,18 +251,14 @@ def test_vmap_equals_lax_map_in_float64(
             patch.setattr(jax.lax, "map", None)
             vectorised = train(configs, cpus(1), rows)
         jax.clear_caches()
-    assert mapped.diverged.tolist() == [with_diverged and i == 1 for i in range(5)]
-    np.testing.assert_array_equal(vectorised.diverged, mapped.diverged)
+    assert not mapped.diverged.any()
+    assert not vectorised.diverged.any()
     for name, value in vars(mapped.params).items():
         if value is not None:
             assert value.dtype == np.float64
-            alive = ~mapped.diverged
-            found = getattr(vectorised.params, name)[alive]
-            np.testing.assert_allclose(found, value[alive], rtol=0, atol=1e-9)
-    np.testing.assert_allclose(
-        vectorised.history.loss[~mapped.diverged], mapped.history.loss[~mapped.diverged], rtol=1e-9
-    )
-    assert np.isnan(vectorised.history.loss[mapped.diverged, 1:]).all()
+            found = getattr(vectorised.params, name)
+            np.testing.assert_allclose(found, value, rtol=0, atol=1e-9)
+    np.testing.assert_allclose(vectorised.history.loss, mapped.history.loss, rtol=1e-9)
 
 
 def test_buckets_gather_equal_architectures_in_order_of_appearance() -> None:

@@ -148,7 +148,7 @@ def test_a_damaged_h5ad_is_refused(tmp_path: Path) -> None:
     for size in (10, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:size])
         for read in (data.load, data.open_rows, data.provenance, lambda p: data.load_obs(p, "a")):
-            with pytest.raises(InputError, match=r"cells\.h5ad.* cannot be read"):
+            with pytest.raises(InputError, match=r"cells\.h5ad.* (is damaged|cannot be read)"):
                 read(f"{path}")
     path.write_bytes(whole)
     with h5py.File(path, "r+") as file:
@@ -156,7 +156,7 @@ def test_a_damaged_h5ad_is_refused(tmp_path: Path) -> None:
     damaged = bytearray(whole)
     damaged[offset : offset + 8] = b"damaged."
     path.write_bytes(damaged)
-    with pytest.raises(InputError, match=r"h5ad, rows 0 to 2, cannot be read"):
+    with pytest.raises(InputError, match=r"h5ad, rows 0 to 2, (is damaged|cannot be read)"):
         data.open_rows(str(path))[:3]
 
 
@@ -177,7 +177,7 @@ def test_a_sparse_matrix_that_contradicts_itself_is_refused(
         root.close()
     else:
         zarr.consolidate_metadata(path)
-    with pytest.raises(InputError, match=r"cells3?\..* cannot be read"):
+    with pytest.raises(InputError, match=r"cells3?\..* (is damaged|cannot be read)"):
         data.load(path)
 
 
@@ -195,19 +195,19 @@ def test_a_damaged_zarr_is_refused(tmp_path: Path, store: str) -> None:
     for chunk in (tmp_path / store / "X").rglob("*"):
         if chunk.is_file() and not chunk.name.startswith((".", "zarr")):
             chunk.write_bytes(b"damaged")
-    with pytest.raises(InputError, match=r"zarr, rows 0 to 11, cannot be read"):
+    with pytest.raises(InputError, match=r"zarr, rows 0 to 11, (is damaged|cannot be read)"):
         data.load(path)
     (tmp_path / store / "X" / array).write_text("{")
-    with pytest.raises(InputError, match=r"zarr cannot be read"):
+    with pytest.raises(InputError, match=r"zarr (is damaged|cannot be read)"):
         data.open_rows(path)
     (tmp_path / store / "X" / array).unlink()
     with pytest.raises(InputError, match="no 'X'; there are obsm/"):
         data.open_rows(path)
     about.write_text("{")
-    with pytest.raises(InputError, match=r"zarr cannot be read"):
+    with pytest.raises(InputError, match=r"zarr (is damaged|cannot be read)"):
         data.open_rows(path)
     about.unlink()
-    with pytest.raises(InputError, match=r"zarr cannot be read"):
+    with pytest.raises(InputError, match=r"zarr (is damaged|cannot be read)"):
         data.open_rows(path)
 
 

@@ -448,7 +448,7 @@ def test_what_the_thread_raises_comes_after_the_buffers_before_it() -> None:
 
     buffers = streaming.prefetched(Rows(Damaged(), "x"), PLAN, range(2))
     assert len(list(zip(range(2), buffers, strict=False))) == 2
-    with pytest.raises(InputError, match=r"x, rows \d+ to \d+, cannot be read: blosc: error -1"):
+    with pytest.raises(InputError, match=r"x, rows \d+ to \d+, is damaged: blosc: error -1"):
         list(buffers)
 
     def put(array: np.ndarray) -> None:

@@ -91,7 +91,7 @@ def test_training_itself_takes_each_row_once_and_drops_the_rest(data_seed: int) 
     rows = direction[None] * 5.0 ** np.arange(n_rows)[:, None]
     configs = [
         dataclasses.replace(
-            c, batch_size=4, learning_rate=1e-300, init="tied", decoder_bias="none", l1_weight=0.0
+            c, batch_size=4, learning_rate=1e-30, init="tied", decoder_bias="none", l1_weight=0.0
         )
         for c in CONFIGS[:2]
     ]

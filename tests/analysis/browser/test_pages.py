@@ -96,7 +96,7 @@ def opened(chromium: Any) -> Iterator[Callable[..., Any]]:
         context = chromium.new_context(**{"viewport": {"width": 1280, "height": 900}} | options)
         contexts.append(context)
         page = context.new_page()
-        page.set_default_timeout(20_000)
+        page.set_default_timeout(60_000)
         page.on("console", lambda m: complaints.append(f"{m.text} {m.location['url']}")
                 if m.type == "error" else None)  # fmt: skip
         page.on("pageerror", lambda error: complaints.append(str(error)))
