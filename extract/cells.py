@@ -53,6 +53,8 @@ class Expression:
                 "be told apart; call adata.obs_names_make_unique() first"
             )
         if isinstance(matrix, scipy.sparse.spmatrix | scipy.sparse.sparray):
+            with reading(self.where):
+                matrix.check_format()  # as of rows
             matrix = scipy.sparse.csr_matrix(_computable(matrix))
         elif getattr(matrix, "format", None) == "csc":
             matrix = matrix.to_memory().tocsr()  # rows of a column store cannot be read alone
@@ -73,6 +75,7 @@ class Expression:
         with reading(self.where):  # codecs of files have exceptions of their own
             found = self._matrix.oindex[at] if dense else self._matrix[at]
             block = scipy.sparse.csr_matrix(_computable(found.compute() if self._dask else found))
+            block.check_format()  # SciPy would follow a wild index out of memory
         block.sum_duplicates()
         block.eliminate_zeros()
         bad = ~np.isfinite(block.data) | (block.data < 0)

@@ -513,7 +513,7 @@ READERS = (
     Reader("rows (.zarr)", _zarr, _rows("cells.zarr"), ("cells.zarr",)),
     Reader("expression (.h5ad)", _h5ad, _expression("cells.h5ad"), ("cells.h5ad",), named=("X ",)),
     Reader("expression (.zarr)", _zarr, _expression("cells.zarr"), ("cells.zarr",), named=("X ",)),
-    Reader("cells (.h5ad)", _h5ad, _cells, ("cells.h5ad",)),
+    Reader("cells (.h5ad)", _h5ad, _cells, ("cells.h5ad",), named=("X ", "obsm", "obs ")),
     Reader("extract.store", _extraction, _read_store, ("layer_00.zarr",),
            checked=("layer_00.zarr",)),
     Reader("scgpt", lambda f: small.write_checkpoint(f / "m"),

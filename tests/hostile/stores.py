@@ -98,8 +98,8 @@ def of_h5(path: Path) -> list[Fault]:
 
     with h5py.File(path) as file:
         nodes: dict[str, Any] = {}
-        file.visititems(lambda name, node: nodes.setdefault(name, type(node).__name__ == "Dataset"))
-        shapes = {name: file[name].shape for name, array in nodes.items() if array}
+        file.visititems(lambda name, node: nodes.update({name: isinstance(node, h5py.Dataset)}))
+        shapes = {name: file[name].shape or () for name, array in nodes.items() if array}
         told = {name: list(file[name].attrs) for name in nodes}
     found = [Fault("missing key", f"any {name}", edited(lambda f, n=name: f.__delitem__(n)))
              for name in nodes]  # fmt: skip
