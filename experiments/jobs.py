@@ -17,7 +17,17 @@ from absl import flags, logging
 
 import sae_jax
 from experiments import verify
-from sae_jax import InputError, SAEConfig, data, distributed, files, manifest, sweep, workdir
+from sae_jax import (
+    InputError,
+    SAEConfig,
+    data,
+    distributed,
+    files,
+    manifest,
+    sweep,
+    together,
+    workdir,
+)
 from sae_jax.state import History
 from sae_jax.streaming import Rows
 
@@ -125,7 +135,7 @@ def read_rows() -> dict[str, Rows]:
     """Rows by split: train, and validation and test where there are any; unread as yet."""
     if not FLAGS.data:
         raise InputError("--data is needed: F.npy, F.h5ad:obsm/KEY or F.zarr:obsm/KEY")
-    rows = data.open_rows(FLAGS.data)
+    rows = together.shared(data.open_rows(FLAGS.data))
     if FLAGS.split:
         if FLAGS["validation"].present:
             raise InputError("--split says which rows are held out; leave out --validation")
@@ -149,27 +159,34 @@ def read_rows() -> dict[str, Rows]:
     return {name: rows.take(chosen) for name, chosen in positions.items() if len(chosen)}
 
 
-def check(configs: Sequence[SAEConfig], rows: dict[str, Rows]) -> None:
-    """Refuses all that training would, before the folder is touched."""
+def check(configs: Sequence[SAEConfig], rows: dict[str, Rows]) -> dict[str, np.ndarray | Rows]:
+    """Refuses all that training would, before the folder is touched.
+
+    Returns:
+      The rows as training takes them: read, or still to be streamed.
+    """
     if FLAGS.tensorboard and importlib.util.find_spec("tensorboardX") is None:
         raise InputError("--tensorboard needs tensorboardX: pip install 'sae-jax[tensorboard]'")
     for name in ("checkpoint_seconds", "resident_gib"):
         if FLAGS[name].value is not None and not math.isfinite(FLAGS[name].value):
             raise InputError(f"--{name}={FLAGS[name].value} must be a finite number")
-    verify.inputs(FLAGS.data)
+    distributed.once(lambda: verify.inputs(FLAGS.data))
     data.provenance(FLAGS.data)  # which training reads after the folder has been cleared
     held_out = {name: part for name, part in rows.items() if name != "train"}
-    sweep.check(
+    train, held_out = sweep.check(
         list(configs), rows["train"], held_out, FLAGS.epochs, FLAGS.data_seed, FLAGS.patience,
         _resident_bytes(), FLAGS.latent_devices,
     )  # fmt: skip
+    return {"train": train, **held_out}
 
 
 def _resident_bytes() -> int | None:
     return None if FLAGS.resident_gib is None else int(FLAGS.resident_gib * 2**30)
 
 
-def train(configs: Sequence[SAEConfig], rows: dict[str, Rows], out: Path) -> sae_jax.Run:
+def train(
+    configs: Sequence[SAEConfig], rows: dict[str, np.ndarray | Rows], out: Path
+) -> sae_jax.Run:
     """`sae_jax.train` by the flags."""
     began = time.perf_counter()
     share = {"split": FLAGS.split} if FLAGS.split else {"validation_share": FLAGS.validation}

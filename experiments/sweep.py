@@ -73,7 +73,7 @@ def main() -> None:
     axes = configurations.read_axes()
     rows = jobs.read_rows()
     configs = configurations.read_configs(axes, rows["train"].shape[1])
-    jobs.check(configs, rows)
+    rows = jobs.check(configs, rows)
     whole = len(configs)
     positions = shard(configs, shards, index, len(rows["train"]), FLAGS.epochs, out)
     configs = [configs[position] for position in positions]

@@ -53,7 +53,7 @@ def main() -> None:
         raise InputError(
             f"these flags make {len(configs)} configurations; `sae-jax sweep` trains them all"
         )
-    jobs.check(configs, rows)
+    rows = jobs.check(configs, rows)
     with distributed.held_once(workdir.locked(out)):
         jobs.claim(out, SETTINGS, FILES)
 

@@ -34,6 +34,9 @@ from sae_jax.streaming import Rows
 from sae_jax.workdir import Member
 
 KEPT_PROGRAMS = 32
+# Multiply-adds of one pass over the rows, codes alone, of an epoch that may take a small CPU half a
+# minute. By work and not by time, so that a run does the same when it is resumed.
+LONG_EPOCH = 2**37
 _trained = itertools.count(1)
 
 
@@ -73,15 +76,15 @@ def train(
         center = geometric_median(rows, normalizer)
     begun = bar.n
 
-    def on_chunk(done: int, loss: float) -> None:
+    def on_steps(done: int, loss: float) -> None:
         bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
-        bar.update(done * len(configs) * batches)
+        bar.update(done * len(configs))
 
     trained = trainer.train_bucket(
         hyper, inputs, architecture=architecture, mesh=mesh, epochs=epochs,
-        data_seed=provenance["data_seed"], on_chunk=on_chunk, validation=validation,
-        patience=provenance["patience"], center=center, checkpoints=checkpoints,
-        on_history=on_history,
+        data_seed=provenance["data_seed"], on_steps=on_steps, validation=validation,
+        patience=provenance["patience"], split=_long(architecture, len(configs), len(rows)),
+        real=len(configs), center=center, checkpoints=checkpoints, on_history=on_history,
     )  # fmt: skip
     bar.update(begun + epochs * batches * len(configs) - bar.n)  # all have stopped early, perhaps
     measured = {}
@@ -112,6 +115,11 @@ def train(
         _member(i, config, outcome, trained.params, own, normalizer, provenance)
         for i, config in enumerate(configs)
     ]
+
+
+def _long(architecture: Architecture, members: int, rows: int) -> bool:
+    """Whether an epoch is so long that a checkpoint must not wait for its end."""
+    return members * rows * architecture.d_in * architecture.n_latents > LONG_EPOCH
 
 
 @struct.dataclass

@@ -80,18 +80,15 @@ class Checkpoints:
         self.every = every
         self.preemption = preemption
         self.last = time.monotonic()
-
-    @property
-    def members(self) -> int:
-        """How many configurations the bucket has."""
-        return len(self.positions)
+        self.saved: int | None = None  # the step of the newest that is known to be there
 
     def due(self) -> bool:
         """Whether it is time for the next one."""
         return self.preemption.asked or time.monotonic() - self.last >= self.every
 
     def save(self, step: int, tree: Any, mesh: Mesh) -> None:
-        """Writes one. If the disk refuses, that is said and training goes on.
+        """Writes one. If the disk refuses, that is said and training goes on; of several processes,
+        which wait for each other within Orbax, it ends.
 
         Args:
           tree: leaves [rows, ...] in NumPy, those of this process; as many in every process.
@@ -99,6 +96,7 @@ class Checkpoints:
 
         Raises:
           Preempted: in every process, after it is written, if SIGTERM has come to one.
+          Exception: of several processes, what Orbax raises.
         """
         pulse.beat(f"checkpoint {step}")
         leaves = _named(tree)
@@ -116,13 +114,21 @@ class Checkpoints:
             with self._manager() as manager:
                 manager.save(step, args=content, force=True)
                 manager.wait_until_finished()
+            self.saved = step
         except Exception as error:  # Orbax raises many kinds, of which none may end a sweep
             logging.warning(
                 "no checkpoint could be written to %s: %.200s", self.folder, brief(error)
             )
+            if jax.process_count() > 1:
+                raise
         self.last = time.monotonic()
         if distributed.agree(self.preemption.asked).any():
-            logging.warning("SIGTERM: stopped at epoch %d of this program; it can go on", step)
+            logging.warning(
+                "SIGTERM: stopped after %d steps of this program; it can go on from %s", step,
+                "there" if self.saved == step
+                else "its start, none could be written" if self.saved is None
+                else f"{self.saved}, the last that could be written",
+            )  # fmt: skip
             raise Preempted
 
     def latest(self, template: Any) -> tuple[int, Any] | None:
@@ -147,7 +153,7 @@ class Checkpoints:
                         "checkpoint %s/%d is skipped: %.200s", self.folder, step, refused
                     )
                 if not distributed.agree(bool(refused)).any():
-                    structure = jax.tree.structure(template)
+                    structure, self.saved = jax.tree.structure(template), step
                     return step, jax.tree.unflatten(structure, [leaves[name] for name in names])
                 if distributed.is_first():
                     self._put_aside(step)
@@ -184,7 +190,7 @@ class Checkpoints:
         }
         content = ocp.args.Composite(leaves=ocp.args.StandardRestore(target))
         leaves = manager.restore(step, args=content)["leaves"]
-        leaves = {name: np.array(leaf) for name, leaf in leaves.items()}
+        leaves = {name: np.asarray(leaf) for name, leaf in leaves.items()}
         parts = len(about["sha256"])
         for i, digest in enumerate(about["sha256"]):
             part = {name: _part(leaf, i, parts) for name, leaf in leaves.items()}
@@ -202,6 +208,7 @@ class Checkpoints:
         """When the bucket's results are on disk."""
         shutil.rmtree(self.folder, ignore_errors=True)
         shutil.rmtree(self._aside(), ignore_errors=True)
+        self.folder.with_suffix(".json").unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # others may be there
             self.folder.parent.rmdir()
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import scipy.sparse
 
+from sae_jax import pulse
 from sae_jax.errors import InputError
 from sae_jax.reading import check_file, reading
 from sae_jax.state import Normalizer
@@ -127,6 +128,7 @@ def scan(rows: Rows, name: str | None = None) -> Summary:
     low, high = np.full((2, rows.shape[1]), [[np.inf], [-np.inf]])
     values, bad, first = 0, 0, []
     for start in range(0, len(rows), rows.block_rows):
+        pulse.beat(f"reading {rows.name}")
         block = rows[start : start + rows.block_rows]
         digest.update(block)
         wrong = np.count_nonzero(~np.isfinite(block), axis=1)

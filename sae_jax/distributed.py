@@ -7,6 +7,7 @@ With one process, every function here is as cheap as it looks.
 
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 import re
@@ -19,8 +20,7 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sae_jax import pulse
 from sae_jax.errors import InputError
@@ -35,6 +35,8 @@ EXCHANGES = (
 )  # fmt: skip
 
 T = TypeVar("T")
+
+agreed_bytes = 0  # that have come from all processes so far, for those who measure
 
 
 def use_all_cpu_cores() -> None:
@@ -71,7 +73,8 @@ def join() -> tuple[int, int]:
     For programs, before their first JAX computation.
 
     Raises:
-      InputError: nothing says who the others are, or they do not come.
+      InputError: nothing says who the others are, they do not come, or they have other numbers of
+        devices.
     """
     number = {
         name: int(os.environ[variable])
@@ -98,8 +101,23 @@ def join() -> tuple[int, int]:
         ) from None
     # The runtime has taken SIGTERM for itself and would do nothing at it.
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM) or signal.SIG_DFL)
+    counts = [len(devices) for devices in _by_process()]
+    if len(set(counts)) > 1:
+        listed = ", ".join(f"process {i} has {count}" for i, count in enumerate(counts[:8]))
+        raise InputError(
+            f"--multihost: processes must have equally many devices; {listed}: give each as many "
+            "GPUs, or start on CPUs with taskset or `sae-jax launch`"
+        )
     pulse.beat("joined")
     return jax.process_index(), jax.process_count()
+
+
+def _by_process() -> list[list[jax.Device]]:
+    """The devices of each process."""
+    found: dict[int, list[jax.Device]] = {}
+    for device in jax.devices():
+        found.setdefault(device.process_index, []).append(device)
+    return [found[index] for index in sorted(found)]
 
 
 def is_first() -> bool:
@@ -112,15 +130,48 @@ def agree(values: Any) -> np.ndarray:
 
     values: of the same shape and dtype in all. Waits for the last of them.
     """
-    values = np.asarray(values)
+    global agreed_bytes
+    values = np.ascontiguousarray(values)
     if jax.process_count() == 1:
         return values[None]
     pulse.beat("waiting")
+    devices = [each[0] for each in _by_process()]
+    mesh = Mesh(np.asarray(devices), ("process",))
     # As bytes: JAX would make float32 of float64.
-    raw = np.frombuffer(np.ascontiguousarray(values).tobytes(), np.uint8)
-    found = multihost_utils.process_allgather(raw)
+    raw = jax.device_put(values.reshape(-1).view(np.uint8)[None], devices[jax.process_index()])
+    whole = jax.make_array_from_single_device_arrays(
+        (len(devices), raw.size), NamedSharding(mesh, PartitionSpec("process")), [raw]
+    )
+    found = np.asarray(_everywhere(whole, mesh=mesh).addressable_data(0))
+    agreed_bytes += found.nbytes
     pulse.beat("together")
-    return np.frombuffer(found.tobytes(), values.dtype).reshape(-1, *values.shape)
+    return found.reshape(-1).view(values.dtype).reshape(-1, *values.shape)
+
+
+@functools.partial(jax.jit, static_argnames="mesh")
+def _everywhere(x: jax.Array, *, mesh: Mesh) -> jax.Array:
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec()))
+
+
+def unless_refused(function: Callable[[], T]) -> T:
+    """`function()` in every process.
+
+    Raises:
+      InputError: in every process, where some raise it: the others what the first of them says.
+    """
+    try:
+        value, refused = function(), ""
+    except InputError as error:
+        if jax.process_count() == 1:
+            raise
+        value, refused = None, str(error) or "no reason given"
+    said = _said(refused)
+    if refused:
+        raise InputError(refused)
+    for i, reason in enumerate(said):
+        if reason:
+            raise InputError(f"refused by process {i}: {reason}")
+    return value
 
 
 def first(function: Callable[[], T]) -> T:
@@ -128,21 +179,20 @@ def first(function: Callable[[], T]) -> T:
     such as making a folder that the others find.
 
     Raises:
-      InputError: in every process, where the first raises it.
+      Exception: what the first raises; in the others InputError with what it says.
     """
     if jax.process_count() == 1:
         return function()
     if not is_first():
-        refused = _heard("")
-        if refused:
+        if refused := _said("")[0]:
             raise InputError(f"refused by process 0: {refused}")
         return function()
     try:
         value = function()
-    except InputError as error:
-        _heard(str(error) or "no reason given")
+    except Exception as error:
+        _said(str(error) or type(error).__name__)
         raise
-    _heard("")
+    _said("")
     return value
 
 
@@ -150,7 +200,7 @@ def once(function: Callable[[], None]) -> None:
     """`function()` in the first process alone; the others wait until it is done.
 
     Raises:
-      InputError: in every process, where the first raises it.
+      Exception: as `first`.
     """
     first(lambda: function() if is_first() else None)
 
@@ -174,12 +224,12 @@ def leave(status: int, trace: bool = False) -> None:
         os._exit(status)
 
 
-def _heard(message: str) -> str:
-    """What the first process has said, cut to MESSAGE_BYTES."""
+def _said(message: str) -> list[str]:
+    """What each process has said, cut to MESSAGE_BYTES."""
     said = np.zeros(MESSAGE_BYTES, np.uint8)
     text = message.encode()[:MESSAGE_BYTES]
     said[: len(text)] = np.frombuffer(text, np.uint8)
-    return agree(said)[0].tobytes().rstrip(b"\0").decode(errors="ignore")
+    return [each.tobytes().rstrip(b"\0").decode(errors="ignore") for each in agree(said)]
 
 
 def check_same(digest: bytes, what: str) -> None:
@@ -197,10 +247,10 @@ def check_same(digest: bytes, what: str) -> None:
 
 def memory() -> int:
     """Bytes that the local devices have together, of the process that has least; of CPU devices,
-    half of the machine's, divided among the processes on it."""
+    half of what this machine or the job's control group allows, divided among the processes."""
     device = jax.local_devices()[0]
     if device.platform == "cpu":
-        room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+        room = _host_memory() // 2
         # Where each has its share of the cores (`sae-jax launch`), it has its share of the memory.
         here = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0)
         if jax.process_count() > 1:
@@ -209,6 +259,25 @@ def memory() -> int:
         limit = (device.memory_stats() or {}).get("bytes_limit", 2**33)
         room = limit * len(jax.local_devices())
     return int(agree(np.int64(room)).min())
+
+
+def _host_memory(root: Path = Path("/")) -> int:
+    """Bytes that this process may use: the machine's, or less in a job or a container."""
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    with contextlib.suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            two = not controllers
+            if not two and "memory" not in controllers.split(","):
+                continue
+            top = root / "sys/fs/cgroup" / ("" if two else "memory")
+            own = top / path.lstrip("/")
+            # A container sees its own group as the top, under a path that is not there.
+            for folder in (own, *own.parents) if own.is_dir() else (top,):
+                with contextlib.suppress(OSError, ValueError):
+                    name = "memory.max" if two else "memory.limit_in_bytes"
+                    found.append(int((folder / name).read_text()))
+    return min(found)
 
 
 def memories(latent_devices: int = 1) -> int:
@@ -220,19 +289,18 @@ def memories(latent_devices: int = 1) -> int:
 
 
 def member_mesh(members: int, latent_devices: int = 1) -> Mesh:
-    """The devices of all processes in one axis named `member`; of one process's, never more of them
-    than members need.
+    """The devices of all processes in one axis named `member`, never more of any process than
+    members need.
 
     With several `latent_devices` a second axis, `latent`, has so many neighbours of one process,
     which share every dictionary that is theirs.
     """
-    devices = jax.devices()
-    if jax.process_count() == 1:
-        devices = devices[: max(1, members) * latent_devices]
+    each = max(1, -(-members // jax.process_count()))
+    each = min(each, jax.local_device_count() // latent_devices) * latent_devices
+    devices = np.asarray([here[:each] for here in _by_process()])
     if latent_devices == 1:
-        return Mesh(np.asarray(devices), ("member",), axis_types=(AxisType.Auto,))
-    devices = devices[: len(devices) // latent_devices * latent_devices]
-    grid = np.asarray(devices).reshape(-1, latent_devices)
+        return Mesh(devices.reshape(-1), ("member",), axis_types=(AxisType.Auto,))
+    grid = devices.reshape(-1, latent_devices)
     return Mesh(grid, ("member", "latent"), axis_types=(AxisType.Auto,) * 2)
 
 

@@ -247,10 +247,13 @@ def put(tree: Any, mesh: Mesh) -> Any:
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
-    """Every leaf, which all processes hold alike, on every device of the mesh."""
+    """Every leaf, which all processes hold alike, on every device of the mesh; those of one CPU
+    share its memory."""
     sharding = NamedSharding(mesh, PartitionSpec())
+    if one_by_one(mesh):  # not copied where NumPy's memory is aligned, as that of a jax.Array is
+        tree = jax.tree.map(np.asarray, tree)
     if sharding.is_fully_addressable:
-        return tree  # the compiled program places it
+        return jax.device_put(tree, sharding)
 
     def everywhere(leaf: Any) -> jax.Array:
         leaf = np.asarray(leaf)

@@ -1,4 +1,9 @@
-"""Where the rows of an epoch come from: the device's memory, or a stream from disk."""
+"""Where the rows of an epoch come from, and how far a call of the compiled program goes.
+
+Where epochs are short, a call trains several of them on rows in the device's memory. Where they are
+long, or rows come from disk, it trains some batches of one, so that the host hears of it every
+second or so, and a checkpoint may fall within an epoch.
+"""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -11,9 +16,14 @@ from jax.sharding import Mesh
 
 from sae_jax import ensemble, models, programs, pulse, streaming
 from sae_jax.state import History, Hyperparams, Normalizer, TrainState
+from sae_jax.together import Together
 
-# States, hyperparameters, first epoch and how many -> states and history [members, epochs].
-Advance = Callable[[TrainState, Hyperparams, int, int], tuple[TrainState, History]]
+MAX_CHUNK_EPOCHS = 64
+MAX_ORDER_ROWS = 2**24  # of the orders of a chunk's epochs, which lie on the device: 64 MiB
+
+# States, hyperparameters, batches done so far, and batches to go on by, about -> states, batches
+# done, and in NumPy the history [members, epochs that have ended], which may be none.
+Advance = Callable[[TrainState, Hyperparams, int, int], tuple[TrainState, int, History | None]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,71 +40,107 @@ class Stream:
         """Of the rows on the device."""
         return jax.dtypes.canonicalize_dtype(self.rows.dtype)
 
-    @property
-    def buffers_of_epoch(self) -> int:
-        """How many an epoch has."""
-        size = self.plan.buffer_rows or self.plan.rows
-        return -(-self.plan.steps * self.plan.batch_size // size)
+    def __len__(self) -> int:
+        return len(self.rows)
 
-    def buffers(self, epochs: range) -> Iterator[tuple[jax.Array, np.ndarray]]:
-        """(rows on the device, order [steps, batch]) of these epochs, one read ahead."""
+    @property
+    def buffer_steps(self) -> int:
+        """Batches of a buffer; the last of an epoch may have fewer."""
+        return (self.plan.buffer_rows or self.plan.rows) // self.plan.batch_size
+
+    def buffers(self, at: int, epochs: int) -> Iterator[tuple[jax.Array, np.ndarray]]:
+        """(rows on the device, order [steps, batch]) from the one that holds the `at`-th batch to
+        the end of so many epochs, one read ahead."""
+        epoch, batch = divmod(at, self.plan.steps)
+        coming = self.rows, self.plan, range(epoch, epochs)
+        skip = batch // self.buffer_steps
 
         def put(rows: np.ndarray) -> jax.Array:
             normal = models.normalize(jnp.asarray(rows), self.normalizer)
             return normal if self.mesh is None else ensemble.replicate(normal, self.mesh)
 
-        return streaming.prefetched(self.rows, self.plan, epochs, put)
+        if not isinstance(self.rows, Together):
+            yield from streaming.prefetched(*coming, put, skip)
+            return
+        # The thread reads; what the processes exchange must be in the order of the program.
+        for part, order in streaming.prefetched(*coming, skip=skip, read=self.rows.read_part):
+            yield put(self.rows.gathered(part, order.size)), order
 
 
-def resident(
+def whole(
     rows: jax.Array,
     validation: jax.Array | None,
     data_seed: int,
     patience: int,
-    size: int,
+    epochs: int,
     **static: Any,
 ) -> Advance:
-    """Epochs of rows that lie on the device."""
+    """Whole epochs, of `epochs` in all, of rows that lie on the device."""
+    batches = len(rows) // static["architecture"].batch_size
+    size = min(epochs, MAX_CHUNK_EPOCHS, max(1, MAX_ORDER_ROWS // len(rows)))
 
     def advance(
-        states: TrainState, hyper: Hyperparams, start: int, count: int
-    ) -> tuple[TrainState, History]:
-        return programs.train_chunk(
+        states: TrainState, hyper: Hyperparams, at: int, steps: int
+    ) -> tuple[TrainState, int, History]:
+        start = at // batches
+        count = min(max(1, steps // batches), size, epochs - start)
+        pulse.beat(f"epochs {start} to {start + count - 1}")
+        states, history = programs.train_chunk(
             states, hyper, rows, validation, data_seed, start, count, patience,
             size=size, **static,
         )  # fmt: skip
+        history = jax.tree.map(lambda leaf: leaf[:, :count], ensemble.local(history))
+        return states, at + count * batches, history
 
     return advance
 
 
-def streamed(
-    rows: Stream, validation: jax.Array | None, patience: int, epochs: range, **static: Any
+def in_parts(
+    rows: jax.Array | Stream,
+    validation: jax.Array | None,
+    data_seed: int,
+    patience: int,
+    at: int,
+    epochs: int,
+    **static: Any,
 ) -> Advance:
-    """Epochs of a stream, which it reads in this order and once."""
-    buffers = rows.buffers(epochs)  # its thread ends with the last of them, or with this generator
-
-    def epoch(states: TrainState, hyper: Hyperparams, number: int) -> tuple[TrainState, History]:
-        means, weights = [], []
-        for part in range(rows.buffers_of_epoch):
-            buffer, order = next(buffers)
-            pulse.beat(f"epoch {number}, buffer {part}")
-            states, metrics = programs.train_buffer(states, hyper, buffer, order, **static)
-            means.append(ensemble.local(metrics))  # waits, so that no more than two buffers exist
-            weights.append(len(order))
-        dtype = means[0].loss.dtype
-        mean = jax.tree.map(
-            lambda *parts: np.average(parts, axis=0, weights=weights).astype(dtype), *means
-        )
-        mean = ensemble.put(mean, static["mesh"])
-        return programs.close_stream(states, hyper, mean, validation, number, patience, **static)
+    """Epochs, of `epochs` in all, in parts from the `at`-th batch on, in this order and once."""
+    if isinstance(rows, Stream):
+        batches, each = rows.plan.steps, rows.buffer_steps
+        buffers = rows.buffers(at, epochs)  # its thread ends with it
+    else:
+        each = batches = len(rows) // static["architecture"].batch_size
+        buffers = _orders(rows, data_seed, range(at // batches, epochs), static["architecture"])
+    buffer, order = None, None
 
     def advance(
-        states: TrainState, hyper: Hyperparams, start: int, count: int
-    ) -> tuple[TrainState, History]:
-        found = []
-        for number in range(start, start + count):
-            states, history = epoch(states, hyper, number)
-            found.append(ensemble.local(history))
-        return states, jax.tree.map(lambda *parts: np.stack(parts, axis=1), *found)
+        states: TrainState, hyper: Hyperparams, at: int, steps: int
+    ) -> tuple[TrainState, int, History | None]:
+        nonlocal buffer, order
+        epoch, batch = divmod(at, batches)
+        first = batch % each
+        pulse.beat(f"epoch {epoch}, batch {batch} of {batches}")
+        if first == 0 or order is None:
+            buffer = None  # let go of it, so that no more than two exist
+            buffer, order = next(buffers)
+        last = min(first + max(1, steps), len(order))
+        reached = at + last - first
+        states = programs.train_part(
+            states, hyper, buffer, order, first, last, batch - first, **static
+        )
+        if reached % batches:
+            return states, reached, None
+        states, history = programs.close_epoch(states, hyper, validation, epoch, patience, **static)
+        history = jax.tree.map(lambda leaf: leaf[:, None], ensemble.local(history))
+        return states, reached, history
 
     return advance
+
+
+def _orders(
+    rows: jax.Array, data_seed: int, epochs: range, architecture: Any
+) -> Iterator[tuple[jax.Array, np.ndarray]]:
+    """The rows, and the order of each epoch."""
+    for epoch in epochs:
+        order = programs.row_order(data_seed, epoch, rows=len(rows), architecture=architecture)
+        yield rows, np.asarray(order)

@@ -16,7 +16,7 @@ from flax import struct
 from jax import lax
 from jax.sharding import Mesh
 
-from sae_jax import ensemble, models
+from sae_jax import ensemble, models, pulse
 from sae_jax.config import Architecture
 from sae_jax.data import scan
 from sae_jax.errors import InputError
@@ -24,7 +24,8 @@ from sae_jax.state import Hyperparams, Normalizer, Params
 from sae_jax.streaming import Rows
 
 BATCH = 1024
-PIECE = 64  # batches on the device at a time
+PIECE = 64  # batches on the device at a time,
+PIECE_BYTES = 2**28  # or fewer, of rows so wide
 ALIVE = 0.01  # share of the rows that a latent must fire in to be alive (Kendiukhov, table 2)
 
 
@@ -248,6 +249,7 @@ def _totals(
     total, params = None, ensemble.put(params, mesh)
     normalizer = ensemble.replicate(normalizer, mesh)
     for piece in pieces(x):
+        pulse.beat("evaluation")
         batches, counted = ensemble.replicate(piece, mesh)
         found = _sums_of_members(
             params, hyper, batches, counted, normalizer, architecture=architecture, mesh=mesh
@@ -270,8 +272,10 @@ def pieces(x: np.ndarray | Rows) -> Iterator[tuple[np.ndarray, np.ndarray]]:
       InputError: rows of a file that are others than when they were scanned.
     """
     known, digest = getattr(x, "summary", None), hashlib.sha256()
-    for start in range(0, len(x), PIECE * BATCH):
-        part = np.asarray(x[start : start + PIECE * BATCH])
+    batch_bytes = BATCH * x.shape[1] * x.dtype.itemsize
+    size = BATCH * max(1, min(PIECE, PIECE_BYTES // batch_bytes))
+    for start in range(0, len(x), size):
+        part = np.asarray(x[start : start + size])
         if known is not None:
             digest.update(part)
         counted = np.arange(-(-len(part) // BATCH) * BATCH) < len(part)

@@ -1,4 +1,4 @@
-"""What is compiled: initialisation, a chunk of epochs, a buffer of a stream, for all of a bucket.
+"""What is compiled: initialisation, a chunk of epochs, a part of one, for all of a bucket.
 
 Inside a chunk the data lie on the device, epochs and steps are loops of the program, and the state
 is donated. The order of rows depends on (data_seed, epoch) alone: every member sees the same
@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from sae_jax import ensemble, steps
 from sae_jax.config import Architecture
-from sae_jax.state import History, Hyperparams, Metrics, TrainState
+from sae_jax.state import History, Hyperparams, TrainState
 
 
 @functools.partial(jax.jit, static_argnames=("architecture", "mesh", "dtype", "patient"))
@@ -79,10 +79,8 @@ def train_chunk(
         state, hyper = member
 
         def epoch(state: TrainState, i: jax.Array) -> tuple[TrainState, History]:
-            state, means = steps.take_steps(state, hyper, rows, orders[i], architecture)
-            return steps.close_epoch(
-                state, hyper, means, validation, start + i, patience, architecture
-            )
+            state = steps.take_steps(state, hyper, rows, orders[i], architecture)
+            return steps.close_epoch(state, hyper, validation, start + i, patience, architecture)
 
         def epoch_if_active(
             i: jax.Array, carry: tuple[TrainState, History]
@@ -101,40 +99,38 @@ def train_chunk(
 
 
 @functools.partial(jax.jit, static_argnames=("architecture", "mesh"), donate_argnames="states")
-def train_buffer(
+def train_part(
     states: TrainState,
     hyper: Hyperparams,
-    buffer: jax.Array,
+    rows: jax.Array,
     order: jax.Array,
+    first: jax.Array,
+    last: jax.Array,
+    before: jax.Array,
     *,
     architecture: Architecture,
     mesh: Mesh,
-) -> tuple[TrainState, Metrics]:
-    """Every member over the batches buffer[order], order [steps, batch], of a stream.
+) -> TrainState:
+    """Every member over the batches rows[order[first:last]], order [steps, batch], before which
+    come `before` batches of their epoch. first and last are traced, so the part may vary."""
 
-    Returns states and the steps' mean metrics [members], NaN of those that have stopped.
-    """
-
-    def member(
-        member: tuple[TrainState, Hyperparams], buffer: jax.Array, order: jax.Array
-    ) -> tuple[TrainState, Metrics]:
+    def member(member: tuple[TrainState, Hyperparams], *part: jax.Array) -> TrainState:
         state, hyper = member
-        nan = jnp.full((), jnp.nan, buffer.dtype)
-        return lax.cond(
-            state.active,
-            lambda state: steps.take_steps(state, hyper, buffer, order, architecture),
-            lambda state: (state, Metrics(loss=nan, mse=nan, l1=nan, l0=nan)),
-            state,
-        )
 
-    return ensemble.map_members(member, mesh)((states, hyper), buffer, order)
+        def train(state: TrainState) -> TrainState:
+            rows, order, *where = part
+            return steps.take_steps(state, hyper, rows, order, architecture, *where)
+
+        return lax.cond(state.active, train, lambda state: state, state)
+
+    where = (jnp.asarray(at, jnp.int32) for at in (first, last, before))
+    return ensemble.map_members(member, mesh)((states, hyper), rows, order, *where)
 
 
 @functools.partial(jax.jit, static_argnames=("architecture", "mesh"), donate_argnames="states")
-def close_stream(
+def close_epoch(
     states: TrainState,
     hyper: Hyperparams,
-    means: Metrics,
     validation: jax.Array | None,
     epoch: jax.Array,
     patience: jax.Array,
@@ -142,29 +138,37 @@ def close_stream(
     architecture: Architecture,
     mesh: Mesh,
 ) -> tuple[TrainState, History]:
-    """Every member after an epoch of a stream that had these mean metrics [members]."""
+    """Every member after an epoch that came in parts; states, and history [members]."""
 
     def member(
-        member: tuple[TrainState, Hyperparams, Metrics],
+        member: tuple[TrainState, Hyperparams],
         validation: jax.Array | None,
         epoch: jax.Array,
         patience: jax.Array,
     ) -> tuple[TrainState, History]:
-        state, hyper, means = member
+        state, hyper = member
         return lax.cond(
             state.active,
             lambda state: steps.close_epoch(
-                state, hyper, means, validation, epoch, patience, architecture
+                state, hyper, validation, epoch, patience, architecture
             ),
-            lambda state: (state, steps.blank_history((), means.loss.dtype)),
+            lambda state: (state, steps.blank_history((), state.means.loss.dtype)),
             state,
         )
 
     shared = (validation, jnp.asarray(epoch), patience)
-    return ensemble.map_members(member, mesh)((states, hyper, means), *shared)
+    return ensemble.map_members(member, mesh)((states, hyper), *shared)
+
+
+@functools.partial(jax.jit, static_argnames=("rows", "architecture"))
+def row_order(
+    data_seed: jax.Array, epoch: jax.Array, *, rows: int, architecture: Architecture
+) -> jax.Array:
+    """See `steps.row_order`."""
+    return steps.row_order(data_seed, epoch, rows, architecture)
 
 
 def forget() -> None:
     """Let go of everything compiled here so far."""
-    for program in (init_bucket, train_chunk, train_buffer, close_stream):
+    for program in (init_bucket, train_chunk, train_part, close_epoch, row_order):
         program.clear_cache()

@@ -95,9 +95,9 @@ class TrainState:
 
     step: scalar; steps done. idle: [latents], steps since each latent last fired; None where no
     choice asks for it. log_factor: scalar; logarithm of what `sparsity_control` multiplies the L1
-    weight by; None without. diverged: scalar; the loss was not finite. active: scalar; False for
-    good once diverged, or without improvement for as long as the run's patience. best: None without
-    patience.
+    weight by; None without. means: over the batches of its epoch so far. diverged: scalar; the loss
+    was not finite. active: scalar; False for good once diverged, or without improvement for as long
+    as the run's patience. best: None without patience.
     """
 
     params: Params
@@ -105,6 +105,7 @@ class TrainState:
     step: jax.Array
     idle: jax.Array | None
     log_factor: jax.Array | None
+    means: Metrics
     diverged: jax.Array
     active: jax.Array
     best: "Best | None"

@@ -27,12 +27,14 @@ def init_member(
     weighted = architecture.activation in ("relu", "gated")
     controlled = weighted and architecture.sparsity_control == "target_l0"
     best = Best(params=params, loss=jnp.full((), jnp.inf, dtype), epoch=jnp.asarray(-1))
+    nothing = jnp.full((), jnp.nan, dtype)
     return TrainState(
         params=params,
         optimizer=optim.ADAM.init(params),
         step=jnp.zeros((), jnp.int32),
         idle=idle if watched else None,
         log_factor=jnp.zeros((), dtype) if controlled else None,
+        means=Metrics(loss=nothing, mse=nothing, l1=nothing, l0=nothing),
         diverged=jnp.asarray(False),
         active=jnp.asarray(True),
         best=best if patient else None,
@@ -79,30 +81,46 @@ def take_steps(
     rows: jax.Array,
     order: jax.Array,
     architecture: Architecture,
-) -> tuple[TrainState, Metrics]:
-    """ONE member over the batches `rows[order]`, order [steps, batch]; the steps' mean metrics."""
-    state, metrics = lax.scan(
-        lambda state, positions: step(state, hyper, rows[positions], architecture), state, order
-    )
-    return state, jax.tree.map(jnp.mean, metrics)
+    first: jax.Array | int = 0,
+    last: jax.Array | int | None = None,
+    before: jax.Array | int = 0,
+) -> TrainState:
+    """ONE member over the batches `rows[order[first:last]]`, order [steps, batch].
+
+    The means go on after `before` batches of the epoch that are not in `order`; the same bits
+    wherever an epoch is cut.
+    """
+
+    def one(i: jax.Array, state: TrainState) -> TrainState:
+        means = state.means
+        state, metrics = step(state, hyper, rows[order[i]], architecture)
+        count = (before + i + 1).astype(rows.dtype)
+        means = jax.tree.map(
+            lambda mean, new: jnp.where(count == 1, new, mean + (new - mean) / count),
+            means,
+            metrics,
+        )
+        return state.replace(means=means)
+
+    return lax.fori_loop(first, len(order) if last is None else last, one, state)
 
 
 def close_epoch(
     state: TrainState,
     hyper: Hyperparams,
-    means: Metrics,
     validation: jax.Array | None,
     epoch: jax.Array,
     patience: jax.Array,
     architecture: Architecture,
 ) -> tuple[TrainState, History]:
-    """ONE member after an epoch of these mean metrics.
+    """ONE member after the last batch of an epoch.
 
     A member whose mean loss is not finite has diverged; so has one whose gradients' squares are
     not, since Adam would never move those weights again, and one whose monitored loss is not, if it
     remembers its best weights. One that remembers its best weights stops
     when `patience` epochs brought no lower loss, on the validation rows where there are any.
     """
+    means = state.means
     held_out = jnp.full((), jnp.nan, means.loss.dtype)
     if validation is not None:
         held_out = validation_loss(state.params, _moved(hyper, state), validation, architecture)

@@ -264,6 +264,7 @@ def prefetched(
     epochs: Iterable[int],
     put: Callable[[np.ndarray], Any] = lambda array: array,
     skip: int = 0,
+    read: Callable[[list[tuple[int, int]]], np.ndarray] | None = None,
 ) -> Iterator[tuple[Any, np.ndarray]]:
     """Yields (buffer, order) of one epoch after another; the next is read while one is used.
 
@@ -275,6 +276,7 @@ def prefetched(
       epochs: which, range(first, last) say.
       put: what the thread does to each buffer [its rows, d_in]: normalise, move to a device.
       skip: buffers at the start that are passed over unread, on resuming.
+      read: what reads the ranges of a buffer; None: `rows.read`.
 
     Raises:
       InputError: a plan for another number of rows; what reading raises, at that buffer.
@@ -282,7 +284,8 @@ def prefetched(
     if plan.rows != len(rows):
         raise InputError(f"the plan is for {plan.rows} rows, {rows.name} has {len(rows)}")
     buffers = itertools.chain.from_iterable(map(plan.buffers, epochs))
-    return _ahead((put(rows.read(r)), order) for r, order in itertools.islice(buffers, skip, None))
+    read = read or rows.read
+    return _ahead((put(read(r)), order) for r, order in itertools.islice(buffers, skip, None))
 
 
 def _ahead(items: Iterator[Any]) -> Iterator[Any]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -19,17 +20,21 @@ from absl import logging
 from tqdm import tqdm
 
 import sae_jax
-from sae_jax import bucket, data, distributed, ensemble, pulse
+from sae_jax import bucket, data, distributed, ensemble, pulse, together
 from sae_jax.checkpoint import Checkpoints, Preempted, Preemption
 from sae_jax.config import MOST, Architecture, SAEConfig, preset_fields, unused_fields
 from sae_jax.dictionary import Dictionary
 from sae_jax.errors import InputError
 from sae_jax.state import History
 from sae_jax.streaming import Rows
-from sae_jax.workdir import Member, Workdir, locked, read_members, tables
+from sae_jax.workdir import Member, Stored, Workdir, locked, read_members, tables
 
 if TYPE_CHECKING:
     import pandas as pd
+
+# Of an open file, unless the caller says otherwise. The order of rows depends on it, so it must not
+# depend on the machine: a run may go on elsewhere, and shards of several machines are merged.
+RESIDENT_BYTES = 2**31
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +43,7 @@ class Run:
 
     Attributes:
       dictionaries: one per configuration, in the order given; None where training diverged
-        or failed.
+        or failed. Of a run with a workdir each is read from there when it is asked for.
       results: a pandas DataFrame, one row per configuration in the same order: every field of the
         config, `status` (trained, diverged, failed), `epochs` (trained), `best_epoch` (that of the
         weights, from 0), `train_loss` (mean of the last epoch), and each metric of
@@ -48,7 +53,7 @@ class Run:
         l1, l0 (means over the epoch's batches, in the normalised space); validation_loss.
     """
 
-    dictionaries: list[Dictionary | None]
+    dictionaries: Sequence[Dictionary | None]
     results: "pd.DataFrame"
     history: "pd.DataFrame"
 
@@ -60,8 +65,7 @@ class Run:
           InputError: no such folder, or a damaged one.
         """
         members = dict(sorted(read_members(Path(workdir)).items()))
-        dictionaries = [member.dictionary for member in members.values()]
-        return cls(dictionaries, *tables(members))
+        return cls(Stored(Path(workdir), members), *tables(members))
 
 
 def grid(preset: str, **axes: Any) -> list[SAEConfig]:
@@ -130,8 +134,8 @@ def train(
       checkpoint_seconds: between checkpoints of a program.
       resident_bytes: training rows beyond so many are streamed: read in shuffled blocks, a buffer
         of half that size in use and the next read meanwhile (see `sae_jax.streaming.Plan`, whose
-        order depends on that size). None: a quarter of the devices' memory for open files, and
-        no limit for arrays.
+        order depends on that size). Each device holds as much. None: 2 GiB for open
+        files, wherever it runs, and no limit for arrays.
       test: as `validation`, but measured once, at the end; nothing is chosen by it.
       on_epochs: told while it trains: positions of configurations, a first epoch, and their
         `History` [configurations, epochs] from there on.
@@ -155,6 +159,9 @@ def train(
         raise InputError("several processes meet in a workdir: name a folder that all of them see")
     if not 0 <= checkpoint_seconds < float("inf"):
         raise InputError(f"checkpoint_seconds={checkpoint_seconds} must be a number, at least 0")
+    train, validation, test = (
+        together.shared(x) if isinstance(x, Rows) else x for x in (train, validation, test)
+    )
     resident_bytes = _limit(train, resident_bytes)
     held_out = {"validation": validation, "test": test}
     rows, held_out = check(
@@ -193,8 +200,10 @@ def train(
         )  # fmt: skip
         if out is not None and not failed:
             distributed.once(out.finish)
-    results, history = tables(members | failed)
-    return Run([(members | failed)[i].dictionary for i in range(len(configs))], results, history)
+    everyone = members | failed
+    if folder is not None:
+        return Run(Stored(folder, everyone), *tables(everyone))
+    return Run([everyone[i].dictionary for i in range(len(configs))], *tables(everyone))
 
 
 def _train_programs(
@@ -211,7 +220,10 @@ def _train_programs(
 ) -> dict[int, Member]:
     """Fill `members` with those not in it yet, a program at a time; returns those that failed."""
     todo = [position for position in range(len(configs)) if position not in members]
-    programs = _programs(configs, todo, rows, held_out, latent_devices)
+    programs = _programs(
+        configs, todo, [] if out is None else distributed.first(lambda: out.begun(todo)),
+        rows, held_out, about.get("resident_bytes"), latent_devices,
+    )  # fmt: skip
     steps = [about["epochs"] * (len(rows) // configs[i].batch_size) for i in todo]
     preemption, failed, failures = Preemption(), {}, []
     silent = not (progress and distributed.is_first())
@@ -230,6 +242,7 @@ def _train_programs(
             bar.set_description(f"program {number + 1}/{len(programs)}: {shape}")
             checkpoints = None
             if out is not None:
+                distributed.once(functools.partial(out.begin_program, positions))
                 folder = out.checkpoints(positions[0])
                 checkpoints = Checkpoints(folder, positions, checkpoint_seconds, preemption)
             try:
@@ -271,11 +284,8 @@ def _write(out: Workdir, members: dict[int, Member], positions: list[int]) -> No
         out.write_dictionary(position, members[position])
     distributed.agree(0)  # all are there
     distributed.once(lambda: out.write(members))
-    for position in positions:
-        member = members[position]
-        if member.dictionary is None and member.row["status"] == "trained":
-            found = Dictionary.load(out.folder(position))
-            members[position] = dataclasses.replace(member, dictionary=found)
+    for position in positions:  # there may be more of them than memory holds
+        members[position] = dataclasses.replace(members[position], dictionary=None)
 
 
 def _digest(settings: dict[str, Any]) -> bytes:
@@ -316,19 +326,36 @@ def _placed(
 def _programs(
     configs: list[SAEConfig],
     todo: list[int],
+    begun: list[list[int]],
     rows: np.ndarray | Rows,
     held_out: dict[str, np.ndarray],
+    resident_bytes: int | None,
     latent_devices: int | None,
 ) -> list[tuple[list[int], int]]:
     """Positions of `todo` by the program that trains them, each of which fits the memory, and how
-    many devices share each of its dictionaries."""
-    buckets = ensemble.buckets([configs[position] for position in todo])
+    many devices share each of its dictionaries. Those `begun` stay as they are: their checkpoints
+    are of these members."""
     programs = []
+    begun = [part for part in begun if len({configs[i].architecture for i in part}) == 1]
+    fits = functools.partial(
+        _fitting, rows=rows, held_out=held_out, resident_bytes=resident_bytes,
+        latent_devices=latent_devices,
+    )  # fmt: skip
+    for part in begun:
+        parts, devices = fits(configs[part[0]].architecture, part)
+        if len(parts) > 1:
+            raise InputError(
+                f"{len(part)} configurations trained together where there was more memory: start as"
+                " many processes as then, or delete checkpoints/ of the workdir to train them anew"
+            )
+        programs.append((part, devices))
+    rest = sorted(set(todo).difference(*begun))
+    buckets = ensemble.buckets([configs[position] for position in rest])
     for architecture, chosen in buckets.items():
-        parts, devices = _fitting(architecture, chosen, rows, held_out, latent_devices)
-        programs += [([todo[i] for i in part], devices) for part in parts]
-    logging.info("%d configurations -> %d programs", len(todo), len(buckets))
-    if len(programs) > len(buckets):
+        parts, devices = fits(architecture, chosen)
+        programs += [([rest[i] for i in part], devices) for part in parts]
+    logging.info("%d configurations -> %d programs", len(todo), len(begun) + len(buckets))
+    if len(programs) > len(begun) + len(buckets):
         logging.info("in %d parts, each of which fits the memory", len(programs))
     return programs
 
@@ -336,7 +363,7 @@ def _programs(
 def _limit(train: Any, resident_bytes: int | None) -> int | None:
     """Bytes of training rows beyond which they are streamed; None: never."""
     if resident_bytes is None and isinstance(train, Rows):
-        return distributed.memory() // 4
+        return RESIDENT_BYTES
     return resident_bytes
 
 
@@ -435,7 +462,7 @@ def check(
     for architecture, chosen in ensemble.buckets(configs).items():
         if isinstance(rows, Rows):
             bucket.buffer_rows(rows, resident_bytes, architecture)
-        _fitting(architecture, chosen, rows, given, latent_devices)
+        _fitting(architecture, chosen, rows, given, resident_bytes, latent_devices)
     return rows, given
 
 
@@ -444,6 +471,7 @@ def _fitting(
     positions: list[int],
     rows: np.ndarray | Rows,
     held_out: dict[str, np.ndarray],
+    resident_bytes: int | None,
     latent_devices: int | None,
 ) -> tuple[list[list[int]], int]:
     """A bucket in parts that fit the memory, and how many devices share each dictionary.
@@ -451,15 +479,26 @@ def _fitting(
     Raises:
       InputError: as many as are asked for cannot share one, or not even one fits.
     """
-    each, room = ensemble.member_bytes(architecture, rows.dtype.itemsize), _room(rows, held_out)
+    each = ensemble.member_bytes(architecture, rows.dtype.itemsize)
+    room = _room(rows, held_out, resident_bytes)
     devices = ensemble.devices_each(architecture, len(positions), each, room, latent_devices)
     memories = distributed.memories(devices)
     parts = ensemble.split_to_fit(positions, each, room, jax.process_count(), memories)
     return parts, devices
 
 
-def _room(rows: np.ndarray | Rows, held_out: dict[str, np.ndarray]) -> int:
-    """Bytes of the devices that are left for members beside what all of them share."""
-    shared = rows.nbytes + rows.shape[0] * 4 if isinstance(rows, np.ndarray) else 0
+def _room(
+    rows: np.ndarray | Rows, held_out: dict[str, np.ndarray], resident_bytes: int | None
+) -> int:
+    """Bytes of the devices that are left for members beside what each of them holds alike: rows
+    and their order, or the buffers of a stream; and validation rows."""
+    shared = rows.nbytes + len(rows) * 4 if isinstance(rows, np.ndarray) else resident_bytes
     shared += sum(x.nbytes for name, x in held_out.items() if name == "validation")
-    return max(1, distributed.memory() - shared)
+    memories, memory = distributed.memories(), distributed.memory()
+    if shared >= memory // memories:
+        raise InputError(
+            f"rows take {shared / 2**30:.1f} GiB of each device's {memory / memories / 2**30:.1f} "
+            "before any dictionary: let fewer be resident (resident_bytes, --resident_gib), hold "
+            "out fewer, or take a larger machine"
+        )
+    return memory - shared * memories

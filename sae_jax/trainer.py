@@ -1,6 +1,6 @@
-"""The loop: chunks of epochs for all members of a bucket, and what happens between them.
+"""The loop: calls of the compiled program for all members of a bucket, and what is between them.
 
-Between chunks the state is all there is to know: members that have stopped are taken out there,
+Between calls the state is all there is to know: members that have stopped are taken out there,
 checkpoints are written there, and a run that is resumed goes on from there bit for bit.
 """
 
@@ -14,14 +14,12 @@ import numpy as np
 from flax import struct
 from jax.sharding import Mesh
 
-from sae_jax import distributed, ensemble, feeds, programs, pulse, steps
+from sae_jax import distributed, ensemble, feeds, programs, steps
 from sae_jax.checkpoint import Checkpoints
 from sae_jax.config import Architecture
 from sae_jax.state import History, Hyperparams, Params, TrainState
 
-MAX_CHUNK_EPOCHS = 64
-MAX_ORDER_ROWS = 2**24  # of the orders of a chunk's epochs, which lie on the device: 64 MiB
-CHUNK_SECONDS = 1.0  # how often the host hears of the program
+CALL_SECONDS = 1.0  # how often the host hears of the program
 
 
 @struct.dataclass
@@ -40,7 +38,7 @@ class Trained:
 
 @struct.dataclass
 class Position:
-    """Where a bucket stands between two chunks: all that a checkpoint holds.
+    """Where a bucket stands between two calls: all that a checkpoint holds.
 
     states: [rows, ...] of the members still in training. members: int32 [rows], which of the bucket
     each row is, -1 for spare rows that only fill the devices. trained: what has been found so far,
@@ -60,28 +58,32 @@ def train_bucket(
     mesh: Mesh,
     epochs: int,
     data_seed: int,
-    on_chunk: Callable[[int, float], None],
+    on_steps: Callable[[int, float], None],
     validation: jax.Array | None = None,
     patience: int | None = None,
+    split: bool = False,
+    real: int | None = None,
     center: np.ndarray | None = None,
     checkpoints: Checkpoints | None = None,
     on_history: Callable[[np.ndarray, int, History], None] | None = None,
 ) -> Trained:
     """Train members that share an architecture, at most `epochs` passes over rows [rows, d_in].
 
-    Members that have stopped are taken out between chunks, as soon as no more than half are left.
+    Members that have stopped are taken out between calls, as soon as no more than half are left.
     Several processes call this together; each returns what it has of the members.
 
     Args:
       hyper: [members, ...], members a multiple of the mesh.
       rows, validation: normalised; on the devices, or rows as a stream.
-      on_chunk: told the epochs of each finished chunk and the mean loss of the members that live;
-        of a resumed run first those of the checkpoint.
+      on_steps: told the batches of each call of the program and the mean loss of the members that
+        train on, in the epoch so far; of a resumed run first those of the checkpoint.
       patience: epochs without a lower loss after which a member stops; None: never.
+      real: how many of the members there are; the rest only fill up the mesh. None: all.
+      split: whether checkpoints may fall within an epoch; those of a stream always may.
       center: [d_in], see `models.init`.
       checkpoints: where it resumes from and leaves them; see there for what it raises.
-      on_history: told after each chunk which members trained, its first epoch, and their history
-        [members, epochs of the chunk].
+      on_history: told when epochs have ended which members trained, the first of the epochs, and
+        the members' history [members, epochs].
     """
     own = ensemble.own(len(hyper.seed), mesh)
     if center is not None:
@@ -90,45 +92,45 @@ def train_bucket(
         hyper, center, architecture=architecture, mesh=mesh, dtype=rows.dtype,
         patient=patience is not None,
     )  # fmt: skip
-    trained, members, done = _blank(states, len(own), epochs), np.asarray(own, np.int32), 0
+    members = np.asarray(own, np.int32)
+    members[members >= (len(hyper.seed) if real is None else real)] = -1
+    if (members < 0).any():
+        states = _chosen(states, np.where(members < 0, -1, np.arange(len(own))), mesh)
+    trained, at = _blank(states, len(own), epochs), 0
     found = None if checkpoints is None else checkpoints.latest(Position(states, members, trained))
+    batches = len(rows) // architecture.batch_size
     if found is not None:
-        done, held = found
-        real = range(own.start, max(own.start, min(own.stop, checkpoints.members)))
-        states, members = _resumed(held, real, states, trained, mesh)
+        at, held = found
+        states, members = _resumed(held, own, states, trained, mesh)
         hyper = ensemble.take(hyper, np.where(members < 0, 0, members - own.start), mesh)
-        on_chunk(done, _mean_loss(trained.history.loss[:, done - 1]))
-    size = min(epochs, MAX_CHUNK_EPOCHS)
-    if not isinstance(rows, feeds.Stream):
-        size = min(size, max(1, MAX_ORDER_ROWS // len(rows)))
+        on_steps(at, _mean_loss(states))
+    given = (rows, validation, data_seed, patience or 0)
     static = {"architecture": architecture, "mesh": mesh}
-    advance = (
-        feeds.streamed(rows, validation, patience or 0, range(done, epochs), **static)
-        if isinstance(rows, feeds.Stream)
-        else feeds.resident(rows, validation, data_seed, patience or 0, size, **static)
-    )
+    if split or isinstance(rows, feeds.Stream):
+        advance = feeds.in_parts(*given, at, epochs, **static)
+    else:
+        advance = feeds.whole(*given, epochs, **static)
     count = 1
     active = ensemble.local(states.active)
-    while done < epochs and distributed.agree(active.any()).any():
-        began = time.perf_counter()
-        pulse.beat(f"epochs {done} to {done + count - 1}")
-        states, metrics = advance(states, hyper, done, count)
+    while at < epochs * batches and distributed.agree(active.any()).any():
+        began, before = time.perf_counter(), at
+        states, at, metrics = advance(states, hyper, at, count)
         kept = np.flatnonzero(members >= 0)
-        places = members[kept] - own.start
-        for whole, part in zip(
-            jax.tree.leaves(trained.history), jax.tree.leaves(ensemble.local(metrics)), strict=True
-        ):
-            whole[places, done : done + count] = part[kept, :count]
-        if on_history is not None:
-            which = np.ix_(places, np.arange(done, done + count))
-            on_history(members[kept], done, _part(trained.history, which))
-        done += count
-        on_chunk(count, _mean_loss(trained.history.loss[places, done - 1]))
+        if metrics is not None:
+            ended = np.arange(before // batches, at // batches)
+            which = np.ix_(members[kept] - own.start, ended)
+            for whole, part in zip(
+                jax.tree.leaves(trained.history), jax.tree.leaves(metrics), strict=True
+            ):
+                whole[which] = part[kept]
+            if on_history is not None:
+                on_history(members[kept], int(ended[0]), _part(trained.history, which))
+        on_steps(at - before, _mean_loss(states))
         active = ensemble.local(states.active)
-        seconds = (time.perf_counter() - began) / count
+        seconds = (time.perf_counter() - began) / (at - before)
         due = checkpoints is not None and checkpoints.due()
         alive, seconds, due = distributed.agree([active.sum(), seconds, due]).max(axis=0)
-        count = int(np.clip(CHUNK_SECONDS / seconds, 1, min(size, max(1, epochs - done))))
+        count = int(np.clip(CALL_SECONDS / seconds, 1, epochs * batches))
         keep = ensemble.compacted(active, alive, ensemble.least(mesh)) if alive else None
         if keep is not None:
             _settle(trained, states, members, own)
@@ -138,7 +140,7 @@ def train_bucket(
             active = ensemble.local(states.active)
         if due:
             held = Position(ensemble.local(states), members, trained)
-            checkpoints.save(done, held, mesh)
+            checkpoints.save(at, held, mesh)
     _settle(trained, states, members, own)
     return trained
 
@@ -195,7 +197,8 @@ def _resumed(
     trained: is filled.
     """
     for whole, part in zip(jax.tree.leaves(trained), jax.tree.leaves(held.trained), strict=True):
-        whole[: len(own)] = part[own.start : own.stop]
+        there = part[own.start : own.stop]  # as many as filled up another mesh
+        whole[: len(there)] = there
     rows = np.flatnonzero((held.members >= own.start) & (held.members < own.stop))
     size = max(1, distributed.agree(len(rows)).max())
     spare = size + -size % ensemble.least(mesh) - len(rows)
@@ -213,7 +216,8 @@ def _part(history: History, which: Any) -> History:
     return jax.tree.map(lambda leaf: leaf[which], history)
 
 
-def _mean_loss(losses: np.ndarray) -> float:
-    """Of the members that live; NaN if none does."""
-    alive = losses[np.isfinite(losses)]
+def _mean_loss(states: TrainState) -> float:
+    """Of the members that train on; NaN if none does."""
+    loss, active = ensemble.local((states.means.loss, states.active))
+    alive = loss[active & np.isfinite(loss)]
     return float(alive.mean()) if alive.size else float("nan")

@@ -10,9 +10,9 @@ checkpoints/<member>/       of the program in training whose first member this i
 import contextlib
 import dataclasses
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-    """A finished member: dictionary (None: diverged, or in another process), its row of results,
-    history [epochs]."""
+    """A finished member: dictionary (None: diverged, on disk, or in another process), its row of
+    results, history [epochs]."""
 
     dictionary: Dictionary | None
     row: dict[str, Any]
@@ -82,13 +82,11 @@ class Workdir:
 
     def finished(self) -> dict[int, Member]:
         """Members of an earlier call, by position."""
-        members = read_members(self.path) if (self.path / "results.parquet").exists() else {}
+        there = (self.path / "results.parquet").exists()
+        members = read_members(self.path, self.configs) if there else {}
         for position, member in members.items():
-            asked = self.configs[position] if position < len(self.configs) else None
-            found = None if member.dictionary is None else member.dictionary.config.to_dict()
-            if {name: member.row.get(name) for name in ("seed", "n_latents")} != {
-                name: asked and asked[name] for name in ("seed", "n_latents")
-            } or (found is not None and found != asked):
+            asked = self.configs[position] if position < len(self.configs) else {}
+            if any(member.row.get(name) != asked.get(name) for name in ("seed", "n_latents")):
                 raise InputError(f"{self.folder(position)} is not of configuration {position}")
         for position in range(len(self.configs)):  # what a killed run left; it is trained again
             if position not in members and self.folder(position).exists():
@@ -126,13 +124,31 @@ class Workdir:
         """Where those of the program lie whose first member is at this position."""
         return self.path / "checkpoints" / f"{first:04d}"
 
+    def begin_program(self, positions: list[int]) -> None:
+        """Note which members train together, so that they do when they go on elsewhere."""
+        folder = self.checkpoints(positions[0])
+        files.make_folder(folder.parent)
+        files.write_json(folder.with_suffix(".json"), {"members": positions})
+
+    def begun(self, todo: Collection[int]) -> list[list[int]]:
+        """The programs that were in training, all of whose members are still to be trained."""
+        found, free = [], set(todo)
+        for file in sorted((self.path / "checkpoints").glob("[0-9]*.json")):
+            # A damaged note is as good as none.
+            with contextlib.suppress(InputError, LookupError, TypeError, ValueError):
+                members = read_json(file)["members"]
+                if self.checkpoints(members[0]).is_dir() and free >= set(members):
+                    found.append(members)
+                    free -= set(members)
+        return found
+
     def keep_checkpoints(self, firsts: list[int]) -> None:
         """Delete those of all other programs: killed after they finished."""
         kept = {self.checkpoints(first).name for first in firsts}
-        for folder in (self.path / "checkpoints").glob("*"):
-            name = folder.name.removesuffix(".skipped")
+        for path in (self.path / "checkpoints").glob("*"):
+            name = path.name.partition(".")[0]
             if name.isdigit() and name not in kept:
-                shutil.rmtree(folder, ignore_errors=True)
+                files.remove(path)
         with contextlib.suppress(OSError):  # others are there, or none ever were
             (self.path / "checkpoints").rmdir()
 
@@ -142,11 +158,45 @@ def dictionary_folder(path: Path, position: int) -> Path:
     return path / "dictionaries" / f"{position:04d}"
 
 
-def read_members(path: Path) -> dict[int, Member]:
-    """The finished members in a run's folder, by position.
+class Stored(Sequence["Dictionary | None"]):
+    """The dictionaries of a run's folder, each of which is read when it is asked for."""
+
+    def __init__(self, path: Path, members: dict[int, Member]) -> None:
+        self._path = path
+        self._trained = {i: member.row["status"] == "trained" for i, member in members.items()}
+        self._positions = sorted(self._trained)
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    @overload
+    def __getitem__(self, key: int) -> Dictionary | None: ...
+
+    @overload
+    def __getitem__(self, key: slice) -> list[Dictionary | None]: ...
+
+    def __getitem__(self, key: int | slice) -> Dictionary | list[Dictionary | None] | None:
+        if isinstance(key, slice):
+            return [self[i] for i in range(len(self))[key]]
+        position = self._positions[key]
+        there = self._trained[position]
+        return Dictionary.load(dictionary_folder(self._path, position)) if there else None
+
+    def __repr__(self) -> str:
+        there = sum(self._trained.values())
+        return f"<{there} dictionaries of {len(self)} configurations in {self._path}>"
+
+
+def read_members(path: Path, configs: Sequence[dict[str, Any]] | None = None) -> dict[int, Member]:
+    """The finished members in a run's folder, by position; their dictionaries are checked, and stay
+    on disk.
+
+    Args:
+      configs: what each position must hold.
 
     Raises:
-      InputError: tables that are missing, damaged or disagree; a damaged dictionary.
+      InputError: tables that are missing, damaged or disagree; a damaged dictionary, or one of
+        another configuration.
     """
     results = _read_parquet(path / "results.parquet")
     history = _read_parquet(path / "history.parquet")
@@ -159,16 +209,17 @@ def read_members(path: Path) -> dict[int, Member]:
     if odd := sorted(set(map(str, results["status"])) - {"trained", "diverged"}):
         raise InputError(f"{path}/results.parquet: {brief(odd[0])} is no status of a member")
     history = dict(iter(history.groupby("member")))
-    return {
-        row["member"]: Member(
-            Dictionary.load(dictionary_folder(path, row["member"]))
-            if row["status"] == "trained"
-            else None,
-            row,
-            History(**{name: history[row["member"]][name].to_numpy() for name in _HISTORY}),
-        )
-        for row in results.to_dict("records")
-    }
+    members = {}
+    for row in results.to_dict("records"):
+        position = row["member"]
+        if row["status"] == "trained":
+            folder = dictionary_folder(path, position)
+            found = Dictionary.load(folder).config.to_dict()
+            if configs is not None and found not in configs[position : position + 1]:
+                raise InputError(f"{folder} is not of configuration {position}")
+        epochs = {name: history[position][name].to_numpy() for name in _HISTORY}
+        members[position] = Member(None, row, History(**epochs))
+    return members
 
 
 def refuse_others(path: Path) -> None:

@@ -24,20 +24,20 @@ def normal_rows(rows: int, d_in: int) -> np.ndarray:
 def bucket(
     configs: Sequence[SAEConfig], rows: np.ndarray, epochs: int
 ) -> Callable[..., trainer.Trained]:
-    """`train(on_chunk=...)` for configurations of one architecture, as `sae_jax.train` runs it.
+    """`train(on_steps=...)` for configurations of one architecture, as `sae_jax.train` runs it.
 
-    Its first call compiles. `on_chunk(epochs, loss)` hears of every chunk that has been computed.
+    Its first call compiles. `on_steps(steps, loss)` hears of every call of the program.
     """
     mesh = distributed.member_mesh(len(configs))
     hyper = ensemble.stack_hyperparams(configs, mesh, jnp.float32)
     inputs = jnp.asarray(rows)
 
     def train(
-        on_chunk: Callable[[int, float], None] = lambda epochs, loss: None,
+        on_steps: Callable[[int, float], None] = lambda steps, loss: None,
     ) -> trainer.Trained:
         trained = trainer.train_bucket(
             hyper, inputs, architecture=configs[0].architecture, mesh=mesh, epochs=epochs,
-            data_seed=DATA_SEED, on_chunk=on_chunk,
+            data_seed=DATA_SEED, on_steps=on_steps,
         )  # fmt: skip
         return jax.block_until_ready(trained)
 
@@ -88,13 +88,14 @@ def timed(
     train = bucket(configs, rows, epochs)
     marks = [(0, time.perf_counter(), time.process_time())]
 
-    def on_chunk(count: int, loss: float) -> None:
-        marks.append((marks[-1][0] + count, time.perf_counter(), time.process_time()))
+    def on_steps(steps: int, loss: float) -> None:
+        done = marks[-1][0] + steps / (len(rows) // configs[0].batch_size)
+        marks.append((done, time.perf_counter(), time.process_time()))
         if marks[-1][1] > deadline and marks[-1][0] < epochs and len(marks) > 2:
             raise _OutOfTimeError
 
     try:
-        trained = train(on_chunk)
+        trained = train(on_steps)
     except _OutOfTimeError:
         trained = None
     begin, first, last = (np.asarray(marks[i]) for i in (0, 1, -1))

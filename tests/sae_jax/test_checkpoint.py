@@ -17,7 +17,17 @@ import pytest
 from jax.sharding import AxisType, Mesh
 
 import sae_jax
-from sae_jax import Run, SAEConfig, distributed, trainer
+from sae_jax import (
+    InputError,
+    Run,
+    SAEConfig,
+    distributed,
+    ensemble,
+    feeds,
+    metrics,
+    programs,
+    trainer,
+)
 from sae_jax.checkpoint import Checkpoints, Preempted, Preemption
 from tests.kills import trials
 
@@ -39,7 +49,7 @@ class Killed(BaseException):
 @pytest.fixture(autouse=True)
 def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of one epoch each, so that there is a checkpoint after every one."""
-    monkeypatch.setattr(trainer, "MAX_CHUNK_EPOCHS", 1)
+    monkeypatch.setattr(feeds, "MAX_CHUNK_EPOCHS", 1)
 
 
 def train(workdir: Path | None, kill_at: int | None = None, **changes: Any) -> Run:
@@ -143,7 +153,7 @@ def test_a_damaged_checkpoint_is_skipped_with_a_warning(
         train(tmp_path / "run", 4)
     folder = tmp_path / "run/checkpoints/0000"
     kept = sorted((p for p in folder.iterdir() if p.name.isdigit()), key=lambda p: int(p.name))
-    assert [p.name for p in kept] == ["3", "4"]
+    assert [p.name for p in kept] == ["18", "24"], "six batches an epoch"
     for step in kept[-1:] if which == "latest" else kept:
         for file in step.rglob("d/*"):
             damage(file)
@@ -151,7 +161,7 @@ def test_a_damaged_checkpoint_is_skipped_with_a_warning(
     with caplog.at_level(logging.WARNING, "absl"):
         found = train(tmp_path / "run", on_epochs=lambda p, epoch, h: first.append(epoch))
     assert first[0] == (3 if which == "latest" else 0)
-    assert "checkpoints/0000/4 is skipped" in caplog.text
+    assert "checkpoints/0000/24 is skipped" in caplog.text
     assert_same(found, undisturbed)
 
 
@@ -160,7 +170,7 @@ def test_one_that_was_being_written_is_no_checkpoint(undisturbed: Run, tmp_path:
         train(tmp_path / "run", 3)
     folder = tmp_path / "run/checkpoints/0000"
     half = folder / "4.orbax-checkpoint-tmp-1"
-    shutil.copytree(folder / "3", half)
+    shutil.copytree(folder / "18", half)
     for file in half.rglob("d/*"):
         cut(file)
     (half / "commit_success.txt").unlink(missing_ok=True)
@@ -244,7 +254,7 @@ def test_checkpoints_are_written_at_an_interval(
     train(tmp_path / "a", checkpoint_seconds=1e9)
     assert not saved
     train(tmp_path / "b")
-    assert saved == list(range(1, EPOCHS + 1))
+    assert saved == list(range(6, 6 * EPOCHS + 1, 6))
 
 
 def test_killed_processes_resume(tmp_path: Path) -> None:
@@ -293,3 +303,92 @@ def test_killed_while_checkpoints_are_deleted_none_stay(
     assert (tmp_path / "run/checkpoints").exists()
     assert_same(train(tmp_path / "run"), undisturbed)
     assert not (tmp_path / "run/checkpoints").exists()
+
+
+def room_for(members: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory for the rows and so many dictionaries."""
+    each = ensemble.member_bytes(CONFIGS[0].architecture, 4)
+    shared = ROWS.nbytes + 4 * len(ROWS) + HELD_OUT.nbytes
+    monkeypatch.setattr(distributed, "memory", lambda: int(shared + members * each))
+
+
+def test_who_trained_together_goes_on_together_where_there_is_more_memory(
+    undisturbed: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def on_epochs(positions: np.ndarray, first: int, history: Any) -> None:
+        seen.append((positions.tolist(), first))
+        if seen[-1] == ([2, 3], 3):
+            raise Killed
+
+    seen: list[tuple[list[int], int]] = []
+    room_for(2.5, monkeypatch)  # parts of 2, 2 and 1
+    with pytest.raises(Killed):
+        train(tmp_path / "run", on_epochs=on_epochs)
+    seen.clear()
+    room_for(99, monkeypatch)
+    found = train(tmp_path / "run", on_epochs=lambda p, first, _: seen.append((p.tolist(), first)))
+    assert seen[0] == ([2, 3], 3), "its checkpoint was of use"
+    assert_same(found, undisturbed)
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_who_trained_together_and_does_not_fit_any_more_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(Killed):
+        train(tmp_path / "run", 2)
+    room_for(2.5, monkeypatch)
+    with pytest.raises(InputError, match="5 configurations trained together where"):
+        train(tmp_path / "run")
+    assert list((tmp_path / "run/checkpoints/0000").glob("[0-9]*")), "nothing was thrown away"
+
+
+@pytest.mark.parametrize("phase", ["compiling", "evaluating", "saving"])
+def test_sigterm_is_heeded_whatever_is_done(
+    phase: str, undisturbed: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, name = {
+        "compiling": (programs, "init_bucket"),
+        "evaluating": (metrics, "evaluate"),
+        "saving": (Checkpoints, "_manager"),
+    }[phase]
+    real = getattr(module, name)
+
+    def told(*args: Any, **more: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, told)
+        with pytest.raises(Preempted):
+            train(tmp_path / "run")
+    results = tmp_path / "run/results.parquet"
+    assert results.exists() == (phase == "evaluating"), "what was measured is kept"
+    assert_same(train(tmp_path / "run"), undisturbed)
+
+
+def test_one_that_cannot_be_written_is_not_said_to_be_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(self: Checkpoints) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Checkpoints, "_manager", full)
+    with caplog.at_level(logging.WARNING, "absl"), pytest.raises(Preempted):
+        train(tmp_path / "run")
+    assert "it can go on from its start, none could be written" in caplog.text
+
+
+def test_dictionaries_of_a_folder_are_read_when_asked_for(undisturbed: Run, tmp_path: Path) -> None:
+    run = train(tmp_path / "run")
+    assert [d is None for d in run.dictionaries] == [d is None for d in undisturbed.dictionaries]
+    assert len(run.dictionaries[1:3]) == 2
+    assert run.dictionaries[-1].params.encoder.tobytes() == (
+        undisturbed.dictionaries[-1].params.encoder.tobytes()
+    )
+    with pytest.raises(IndexError):
+        run.dictionaries[5]
+    shutil.rmtree(tmp_path / "run/dictionaries/0000")
+    with pytest.raises(InputError, match="0000"):
+        run.dictionaries[0]

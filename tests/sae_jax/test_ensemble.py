@@ -104,7 +104,7 @@ def train(
     configs: Sequence[SAEConfig],
     mesh: Mesh | None = None,
     rows: np.ndarray = ROWS,
-    on_chunk: Callable[[int, float], None] = lambda done, loss: None,
+    on_steps: Callable[[int, float], None] = lambda done, loss: None,
     **changes: Any,
 ) -> trainer.Trained:
     """The bucket on the host, without the members that fill up the devices."""
@@ -114,7 +114,7 @@ def train(
         jax.numpy.asarray(rows),
         architecture=configs[0].architecture,
         mesh=mesh,
-        on_chunk=on_chunk,
+        on_steps=on_steps,
         **{"epochs": EPOCHS, "data_seed": 4, **changes},
     )
     return jax.tree.map(lambda leaf: np.asarray(leaf)[: len(configs)], trained)
@@ -168,7 +168,7 @@ def mapped_steps(
 ) -> TrainState:
     def one(hyper: Hyperparams) -> TrainState:
         state = steps.init_member(hyper, architecture, rows.dtype)
-        return steps.take_steps(state, hyper, rows, order, architecture)[0]
+        return steps.take_steps(state, hyper, rows, order, architecture)
 
     return jax.vmap(one)(hyper) if how == "vmap" else jax.lax.map(one, hyper)
 

@@ -1,24 +1,30 @@
 """Rows that are streamed train as rows in memory do, in the same order."""
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 import pytest
 
 import sae_jax
 from sae_jax import (
     SAEConfig,
+    bucket,
     data,
     distributed,
     ensemble,
     feeds,
     models,
+    programs,
     steps,
     streaming,
     trainer,
 )
+from sae_jax.checkpoint import Checkpoints
 
 ROWS = (np.random.default_rng(0).normal(size=(1000, 6)) * 3 + 1).astype(np.float32)
 HELD_OUT = ROWS[:90]
@@ -36,7 +42,7 @@ def test_the_weights_are_those_of_memory_bit_for_bit(tmp_path: Path) -> None:
     inputs, held_out = (models.normalize(jnp.asarray(x), normalizer) for x in (ROWS, HELD_OUT))
     trained = trainer.train_bucket(
         hyper, feeds.Stream(rows, plan, normalizer), architecture=architecture, mesh=mesh,
-        epochs=3, data_seed=3, on_chunk=lambda *_: None, validation=held_out,
+        epochs=3, data_seed=3, on_steps=lambda *_: None, validation=held_out,
     )  # fmt: skip
     epoch = jax.jit(
         lambda state, own, order: steps.take_steps(state, own, inputs, order, architecture)
@@ -45,8 +51,8 @@ def test_the_weights_are_those_of_memory_bit_for_bit(tmp_path: Path) -> None:
         own = jax.tree.map(lambda leaf, i=i: leaf[i], hyper)
         state = steps.init_member(own, architecture, np.float32)
         for number in range(3):
-            state, means = epoch(state, own, plan.positions(number).astype(np.int32))
-            np.testing.assert_allclose(trained.history.loss[i, number], means.loss, rtol=1e-6)
+            state = epoch(state, own, plan.positions(number).astype(np.int32))
+            assert trained.history.loss[i, number] == state.means.loss
             expected = steps.validation_loss(state.params, own, held_out, architecture)
             found = trained.history.validation_loss[i, number]
             np.testing.assert_allclose(found, expected, rtol=1e-6)
@@ -55,30 +61,63 @@ def test_the_weights_are_those_of_memory_bit_for_bit(tmp_path: Path) -> None:
                 assert getattr(trained.params, name)[i].tobytes() == np.asarray(value).tobytes()
 
 
-@pytest.mark.parametrize("kill_at", [1, 3])
-def test_a_stream_resumes_bit_for_bit(
-    kill_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("where", ["disk", "memory"])
+def test_an_epoch_that_is_cut_anywhere_resumes_bit_for_bit(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer, "MAX_CHUNK_EPOCHS", 1)  # a checkpoint after every epoch
+    """Killed after checkpoints in the middle of a buffer, at its end, and at that of an epoch."""
+    monkeypatch.setattr(bucket, "LONG_EPOCH", 0)
+    wild = dataclasses.replace(CONFIGS[0], learning_rate=0.5)
+    call = {
+        "configs": [*CONFIGS, wild], "train": ROWS, "validation": HELD_OUT, "epochs": 5,
+        "patience": 1, "progress": False,
+        "resident_bytes": 10 * 32 * 24 if where == "disk" else None,  # buffers of five batches
+    }  # fmt: skip
+    expected = sae_jax.train(**call)
+    assert expected.results["epochs"].nunique() > 1, "some stop early"
+    monkeypatch.setattr(trainer, "CALL_SECONDS", 0)  # a batch a call
 
     class Killed(BaseException):
         pass
 
-    def on_epochs(positions: np.ndarray, first: int, history: object) -> None:
-        if first == kill_at:
-            raise Killed
+    kills = [1, 7, 30, 31, 34, 62, 90, 95]  # batches; 31 make an epoch
+    began, save = [], Checkpoints.save
 
-    call = {
-        "configs": CONFIGS, "train": ROWS, "validation": HELD_OUT, "epochs": 5, "patience": 2,
-        "progress": False, "resident_bytes": 6 * 32 * 24, "checkpoint_seconds": 0,
-    }  # fmt: skip
-    expected = sae_jax.train(**call)
-    with pytest.raises(Killed):
-        sae_jax.train(**call, workdir=tmp_path / "run", on_epochs=on_epochs)
+    def saved(self: Checkpoints, step: int, *more: Any) -> None:
+        save(self, step, *more)
+        kills.remove(step)
+        raise Killed
+
+    train_part = programs.train_part
+
+    def part(*args: Any, **static: Any) -> Any:
+        began.append(int(np.max(args[0].step)))
+        return train_part(*args, **static)
+
+    monkeypatch.setattr(Checkpoints, "save", saved)
+    monkeypatch.setattr(Checkpoints, "due", lambda self: began[-1] + 1 in kills)
+    monkeypatch.setattr(programs, "train_part", part)
+    while kills:
+        with pytest.raises(Killed):
+            sae_jax.train(**call, workdir=tmp_path / "run")
     found = sae_jax.train(**call, workdir=tmp_path / "run")
+    assert began == list(range(len(began))), "nothing was trained twice"
+    assert found.results.equals(expected.results)
+    assert found.history.equals(expected.history)
     for ours, theirs in zip(found.dictionaries, expected.dictionaries, strict=True):
         for a, b in zip(jax.tree.leaves(ours.params), jax.tree.leaves(theirs.params), strict=True):
             assert a.tobytes() == b.tobytes()
+
+
+def test_epochs_in_parts_are_those_trained_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = {"configs": CONFIGS, "train": ROWS, "validation": HELD_OUT, "epochs": 3, "patience": 2}
+    whole = sae_jax.train(**call, progress=False)
+    monkeypatch.setattr(bucket, "LONG_EPOCH", 0)
+    parts = sae_jax.train(**call, progress=False)
+    pd.testing.assert_frame_equal(parts.history, whole.history, rtol=1e-6)
+    for ours, theirs in zip(parts.dictionaries, whole.dictionaries, strict=True):
+        for a, b in zip(jax.tree.leaves(ours.params), jax.tree.leaves(theirs.params), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-6)
 
 
 def test_members_that_stop_early_end_the_reading(tmp_path: Path) -> None:

@@ -33,6 +33,12 @@ def half_write(path: Path, error: type[BaseException]) -> None:
     raise error
 
 
+def write_folder(path: Path, text: str) -> None:
+    with files.write_aside(path) as fresh:
+        fresh.mkdir()
+        (fresh / "part").write_text(text)
+
+
 def test_a_file_appears_whole_and_only_at_the_end(tmp_path: Path) -> None:
     path = tmp_path / "new" / "deep" / "file.txt"
     with files.write_aside(path) as fresh:
@@ -107,7 +113,7 @@ def test_everything_is_flushed_before_it_is_renamed(
         fresh.mkdir()
         (fresh / "part").write_text("x")
     assert sorted(happened[:2]) == ["folder", "part"]
-    assert happened[2:] == ["rename", tmp_path.name]
+    assert happened[2:] == ["rename", "rename", tmp_path.name]
 
 
 def test_a_failed_flush_leaves_the_old_file(
@@ -143,6 +149,67 @@ def test_a_failed_rename_keeps_the_old_folder(
     with pytest.raises(OSError, match="Input/output"), files.write_aside(path) as fresh:
         fresh.mkdir()
     assert (path / "part").read_text() == "old"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(5, "Input/output error")])
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("number", [1, 2])
+def test_stopped_between_two_renames_one_folder_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, before: bool, error: BaseException
+) -> None:
+    path = tmp_path / "folder"
+    path.mkdir()
+    (path / "part").write_text("old")
+    rename, calls = Path.rename, []
+
+    def stopped(self: Path, target: Path) -> Path:
+        calls.append(target)
+        if len(calls) == number and before:
+            raise error
+        moved = rename(self, target)
+        if len(calls) == number:
+            raise error
+        return moved
+
+    monkeypatch.setattr(Path, "rename", stopped)
+    with pytest.raises((KeyboardInterrupt, OSError)):
+        write_folder(path, "new")
+    assert (path / "part").read_text() == ("new" if number == 2 and not before else "old")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_only_copy_is_never_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even where it cannot be put back; what a process leaves so, the next puts back."""
+    path = tmp_path / "a.folder"
+    path.mkdir()
+    (path / "part").write_text("old")
+    rename = Path.rename
+
+    def refused(self: Path, target: Path) -> Path:
+        if Path(target) == path:
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", refused)
+        with pytest.raises(DiskError), files.write_aside(path) as fresh:
+            fresh.mkdir()
+    assert not path.exists()
+    (tmp_path / ".writing-b.xxxxxxxx").mkdir()
+    (tmp_path / ".writing-c.xxxxxxxx.whole").touch()
+    files.remove_leftovers(tmp_path)
+    assert (path / "part").read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("folder", [True, False])
+def test_a_kill_right_after_the_last_rename_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: bool
+) -> None:
+    monkeypatch.setattr(files, "_clear", lambda *_: None)
+    with files.write_aside(tmp_path / "new") as fresh:
+        fresh.mkdir() if folder else fresh.touch()
+    assert list(tmp_path.iterdir()) == [tmp_path / "new"]
 
 
 def test_modes_follow_the_umask(tmp_path: Path) -> None:
@@ -263,7 +330,9 @@ def test_a_full_disk_is_one_message_whatever_the_writer_raised(tmp_path: Path, w
 
 def test_what_is_no_fault_of_the_disk_is_raised_as_it_is(tmp_path: Path) -> None:
     faults = (KeyError("x"), FileNotFoundError(errno.ENOENT, "gone"), ValueError("code: 12"),
-              RuntimeError("errno = 2"), OSError("no such thing"))  # fmt: skip
+              RuntimeError("errno = 2"), OSError("no such thing"),
+              RuntimeError("the compiler ended with exit code: 1"),
+              RuntimeError("exit code: 28"))  # fmt: skip
     for fault in faults:
         with pytest.raises(type(fault)) as raised, files.write_aside(tmp_path / "x"):
             raise fault

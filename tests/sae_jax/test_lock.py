@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -86,22 +87,98 @@ def test_one_that_gives_it_up_while_another_waits(
         assert (tmp_path / lock.NAME).stat().st_ino == tried[1]
 
 
-def test_where_there_are_no_locks_the_file_is_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def lockless(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """A file system without locks; called, it makes of what this process holds another's."""
+
     def unsupported(handle: int, kind: int) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", unsupported)
+    return lambda: monkeypatch.setattr(lock, "_held", set())
+
+
+def test_where_there_are_no_locks_the_file_is_one(
+    tmp_path: Path, lockless: Callable[[], None]
+) -> None:
     with lock.held(tmp_path):
-        kept = (tmp_path / lock.NAME).read_text()
-        monkeypatch.setattr(lock, "_held", set())
-        told = rf"process \({os.getpid()} on .*cannot be told from"
+        lockless()
+        told = rf"process \({os.getpid()} on .*\); wait for it"
         with pytest.raises(InputError, match=told), lock.held(tmp_path):
             pass
     assert list(tmp_path.iterdir()) == []
-    (tmp_path / lock.NAME).write_text(kept)  # of one that was killed
-    with pytest.raises(InputError, match=r"if it does not, delete that file"), lock.held(tmp_path):
+
+
+def gone() -> int:
+    """The number of a process that was."""
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid
+
+
+def left(folder: Path, **changes: object) -> None:
+    """The lock of a process of this machine, this one but for the changes."""
+    with lock.held(folder):
+        content = json.loads((folder / lock.NAME).read_text())
+    (folder / lock.NAME).write_text(json.dumps(content | changes))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells which process it was")
+@pytest.mark.usefixtures("lockless")
+def test_of_a_dead_process_of_this_machine_it_is_taken_over(tmp_path: Path) -> None:
+    unburied = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
+    known = {"pid": unburied.pid, "began": lock._began(unburied.pid)}
+    unburied.stdin.close()
+    os.waitid(os.P_PID, unburied.pid, os.WEXITED | os.WNOWAIT)
+    # The number of the second has been given to another process since.
+    for changes in ({"pid": gone()}, {"began": "1"}, known):
+        left(tmp_path, **changes)
+        with lock.held(tmp_path):
+            assert json.loads((tmp_path / lock.NAME).read_text())["pid"] == os.getpid()
+        assert list(tmp_path.iterdir()) == []
+    unburied.wait()
+
+
+@pytest.mark.parametrize("machine", ["another", None, 1])
+@pytest.mark.usefixtures("lockless")
+def test_of_a_process_of_another_machine_it_is_for_a_person_to_delete(
+    tmp_path: Path, machine: object
+) -> None:
+    left(tmp_path, pid=gone(), machine=machine)
+    with (
+        pytest.raises(InputError, match=r"cannot be told from here: if it does not, delete"),
+        lock.held(tmp_path),
+    ):
+        pass
+    (tmp_path / lock.NAME).unlink()
+    with lock.held(tmp_path):
+        pass
+
+
+def test_of_those_that_find_it_dead_one_takes_it_over(
+    tmp_path: Path, lockless: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another has it already when we come to delete what we had found dead."""
+    runs = lock._runs
+
+    def late(handle: int) -> bool | None:
+        found = runs(handle)
+        if found is False:
+            (tmp_path / lock.NAME).unlink()
+            left(tmp_path)
+            lockless()
+        return found
+
+    left(tmp_path, began="1")
+    with monkeypatch.context() as patch:
+        patch.setattr(lock, "_runs", late)
+        with pytest.raises(InputError, match=r"wait for it"), lock.held(tmp_path):
+            pass
+    assert [path.name for path in tmp_path.iterdir()] == [lock.NAME]
+    (tmp_path / f"{lock.NAME}.taken").touch()  # of one that was killed in between
+    (tmp_path / lock.NAME).unlink()
+    left(tmp_path, began="1")
+    with pytest.raises(InputError, match=r"delete that file"), lock.held(tmp_path):
         pass
     (tmp_path / lock.NAME).unlink()
     with lock.held(tmp_path):
@@ -111,11 +188,17 @@ def test_where_there_are_no_locks_the_file_is_one(
 @pytest.mark.parametrize(
     "content",
     [b"", b"{", b"[]", b"\xff", b"[" * 100_000, b'{"pid": 1}', b'{"pid": {}, "host": 2}',
+     *(json.dumps({"pid": pid, "machine": lock._machine(), "began": None}).encode()
+       for pid in (2**70, -1, 0, "1", None, {})),
      b'{"pid": "1\\n2", "host": "\\u001b[31m", "since": "", "command": "%s"}' % (b"c" * 10_000)],
 )  # fmt: skip
+@pytest.mark.parametrize("locks", [True, False])
 def test_whatever_the_file_says_is_told_in_one_line(
-    tmp_path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tmp_path: Path, content: bytes, locks: bool, monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> None:  # fmt: skip
+    if not locks:
+        request.getfixturevalue("lockless")
     with lock.held(tmp_path):
         (tmp_path / lock.NAME).write_bytes(content)
         monkeypatch.setattr(lock, "_held", set())

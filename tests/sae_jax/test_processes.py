@@ -8,10 +8,12 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
-from sae_jax import Run
+import sae_jax
+from sae_jax import Run, data, grid
 from tests.kills import outcome
 
 ROWS = np.random.default_rng(0).normal(size=(96, 5)).astype(np.float32)
@@ -23,8 +25,8 @@ SWEEP = [
 ]  # fmt: skip
 
 
-def start(folder: Path, count: int, *more: str) -> list[subprocess.Popen]:
-    """So many processes of a sweep into folder/out, one device each."""
+def start(folder: Path, count: int, *more: str, devices: int = 1) -> list[subprocess.Popen]:
+    """So many processes of a sweep into folder/out, with so many devices each."""
     if not (folder / "rows.npy").exists():
         np.save(folder / "rows.npy", ROWS)
     with socket.socket() as free:
@@ -44,8 +46,8 @@ def start(folder: Path, count: int, *more: str) -> list[subprocess.Popen]:
         for i in range(count)
     ]  # fmt: skip
     cores = sorted(os.sched_getaffinity(0))
-    for i, process in enumerate(processes):  # one device each, long before JAX counts them
-        os.sched_setaffinity(process.pid, {cores[i % len(cores)]})
+    for i, process in enumerate(processes):  # long before JAX counts them
+        os.sched_setaffinity(process.pid, {cores[(i + j) % len(cores)] for j in range(devices)})
     return processes
 
 
@@ -56,18 +58,20 @@ def finish(processes: list[subprocess.Popen], status: int = 0) -> list[str]:
     return printed
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    folder = tmp_path_factory.mktemp("alone")
-    finish(start(folder, 1))
+STREAMED = ("--resident_gib=1e-6", "--preset=topk")  # buffers of a batch
+
+
+def alone(folder: Path, *more: str) -> dict[str, str]:
+    finish(start(folder, 1, *more))
     return outcome(folder / "out")
 
 
 def test_several_processes_train_what_one_does_bit_for_bit(
-    alone: dict[str, str], tmp_path: Path
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    printed = finish(start(tmp_path, 2))
-    assert outcome(tmp_path / "out") == alone
+    expected = alone(tmp_path_factory.mktemp("alone"))
+    printed = finish(start(tmp_path, 2, devices=2))
+    assert outcome(tmp_path / "out") == expected
     statuses = Run.load(tmp_path / "out").results["status"].value_counts().to_dict()
     assert statuses["diverged"] > 0
     assert statuses["trained"] > 6
@@ -77,9 +81,10 @@ def test_several_processes_train_what_one_does_bit_for_bit(
 
 
 def test_told_to_stop_by_one_all_stop_and_go_on_as_another_number(
-    alone: dict[str, str], tmp_path: Path
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    processes = start(tmp_path, 4)
+    """On rows that are streamed, of which each reads its part."""
+    processes = start(tmp_path, 4, *STREAMED)
     deadline = time.monotonic() + 300
     while not list((tmp_path / "out").glob("checkpoints/*/[0-9]*")):
         assert time.monotonic() < deadline
@@ -87,8 +92,8 @@ def test_told_to_stop_by_one_all_stop_and_go_on_as_another_number(
     processes[2].send_signal(signal.SIGTERM)
     assert all("can go on" in text for text in finish(processes, 143))
     assert list((tmp_path / "out").glob("checkpoints/*/*")), "where they stood"
-    finish(start(tmp_path, 2))
-    assert outcome(tmp_path / "out") == alone
+    finish(start(tmp_path, 2, *STREAMED))
+    assert outcome(tmp_path / "out") == alone(tmp_path_factory.mktemp("alone"), *STREAMED)
 
 
 def test_all_are_told_what_the_first_refuses(tmp_path: Path) -> None:
@@ -97,3 +102,16 @@ def test_all_are_told_what_the_first_refuses(tmp_path: Path) -> None:
     printed = finish(start(tmp_path, 2), 2)
     assert all("error:" in text and "other files" in text for text in printed)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
+
+
+def test_latents_are_shared_within_each_of_several_processes(tmp_path: Path) -> None:
+    few = ("--preset=topk", "--seeds=0", "--learning_rate=1e-3", "--epochs=3")
+    finish(start(tmp_path, 2, *few, "--latent_devices=2", devices=2))
+    config = grid("topk", d_in=5, n_latents=12, k=3, batch_size=16)
+    train, held_out = data.split(len(ROWS), 0.1, 0)
+    expected = sae_jax.train(config, ROWS[train], ROWS[held_out], epochs=3, progress=False)
+    found = Run.load(tmp_path / "out")
+    leaves = (jax.tree.leaves(run.dictionaries[0].params) for run in (found, expected))
+    for ours, theirs in zip(*leaves, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    assert found.dictionaries[0].provenance["train"] == expected.dictionaries[0].provenance["train"]

@@ -81,7 +81,7 @@ def test_without_validation_the_training_loss_is_watched() -> None:
 
 
 def test_compaction_changes_nothing_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sae_jax.trainer, "MAX_CHUNK_EPOCHS", 3)
+    monkeypatch.setattr(sae_jax.feeds, "MAX_CHUNK_EPOCHS", 3)
     sizes = []
     real = ensemble.take
     monkeypatch.setattr(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sae_jax import SAEConfig, distributed, ensemble, models, programs, steps, trainer
+from sae_jax import SAEConfig, distributed, ensemble, feeds, models, programs, steps, trainer
 
 CONFIGS = [
     SAEConfig(d_in=3, n_latents=7, batch_size=8, l1_weight=l1, seed=seed, learning_rate=0.01)
@@ -34,7 +34,7 @@ def train(
         mesh=mesh,
         epochs=epochs,
         data_seed=data_seed,
-        on_chunk=lambda done, loss: None if told is None else told.append(done),
+        on_steps=lambda done, loss: None if told is None else told.append(done),
     )
     return jax.tree.map(np.asarray, trained)
 
@@ -125,12 +125,12 @@ def test_chunks_change_nothing(
     longest: int, seconds: float, chunks: list[int] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usual = train()
-    monkeypatch.setattr(trainer, "MAX_CHUNK_EPOCHS", longest)
-    monkeypatch.setattr(trainer, "CHUNK_SECONDS", seconds)
+    monkeypatch.setattr(feeds, "MAX_CHUNK_EPOCHS", longest)
+    monkeypatch.setattr(trainer, "CALL_SECONDS", seconds)
     told: list[int] = []
     trained = train(told=told)
-    assert sum(told) == 7
-    assert chunks is None or told == chunks
+    assert sum(told) == 7 * 5
+    assert chunks is None or told == [5 * epochs for epochs in chunks]
     assert_same_bits(trained, usual)
     assert all(getattr(trained.history, name).shape == (3, 7) for name in NAMES)
 
