@@ -48,6 +48,9 @@ def define_flags() -> None:
     flags.DEFINE_string("export", None, "New folder for pages that need no server.")
     flags.DEFINE_list("columns", None, "Columns of obs to show and to publish; default: all.")
     flags.DEFINE_string("new_study", None, "Name of a study to make.")
+    flags.DEFINE_string(
+        "new_links", None, "Name of a study whose --raters need new links; their old ones end."
+    )
     flags.DEFINE_string("title", None, "What raters read above the study; default: its name.")
     flags.DEFINE_integer("concepts", 40, "Concepts in it.", 1)
     flags.DEFINE_integer("neurons", 40, "Neurons in it.", 0)
@@ -84,6 +87,8 @@ def main(folders: list[str]) -> None:
         export.write(run, Path(FLAGS.export))
     elif FLAGS.new_study:
         new_study(run, state, folders)
+    elif FLAGS.new_links:
+        new_links(state, folders)
     else:
         serve(run, state)
 
@@ -112,10 +117,23 @@ def new_study(run: "Run", state: Path, folders: list[str]) -> None:
         state, run, FLAGS.new_study, concepts=FLAGS.concepts, neurons=FLAGS.neurons,
         repeats=FLAGS.repeats, raters=FLAGS.raters or ["rater"], seed=FLAGS.seed, **more,
     )  # fmt: skip
+    tell_links(FLAGS.new_study, links, folders)
+
+
+def new_links(state: Path, folders: list[str]) -> None:
+    """Prints new links of raters who lost theirs, or never saw them."""
+    from analysis.browser import study
+
+    if not FLAGS.raters:
+        raise InputError(f"--new_links={FLAGS.new_links}: say whose, by --raters")
+    links = [(rater, study.new_token(state, FLAGS.new_links, rater)) for rater in FLAGS.raters]
+    tell_links(FLAGS.new_links, links, folders)
+
+
+def tell_links(name: str, links: list[tuple[str, str]], folders: list[str]) -> None:
+    """Prints the raters' tokens, of which only hashes are kept."""
     started = " ".join(["sae-jax browse", *map(str, folders)])
-    print(
-        f"study {FLAGS.new_study}: start `{started}` anew with the same --state, --host and --port,"
-    )
+    print(f"study {name}: start `{started}` anew with the same --state, --host and --port,")
     print("and give each rater this link alone")
     for rater, token in links:
         print(f"  {rater:<12} http://{called()}:{FLAGS.port}/study/enter#{token}")

@@ -59,7 +59,7 @@ def define_flags() -> None:
     flags.DEFINE_float(
         "resident_gib",
         None,
-        "Rows beyond so many GiB are streamed from disk (default: a quarter of the memory).",
+        "Rows beyond so many GiB are streamed from disk (default: 2, whatever the machine).",
         lower_bound=0,
     )
     flags.DEFINE_float("checkpoint_seconds", 60, "Between checkpoints.", lower_bound=0)

@@ -273,12 +273,15 @@ def test_a_study_of_six_items_closed_in_the_middle(
     opened: Callable[..., Any], folder: Path, tmp_path: Path
 ) -> None:
     state = f"--state={tmp_path / 'state'}"
-    made = subprocess.run(
-        [sys.executable, "-m", "experiments.browse", str(folder), state, "--new_study=six",
-         "--concepts=3", "--neurons=2", "--repeats=1", "--raters=ann"],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    token = re.search(r"#(\S+)", made.stdout).group(1)
+
+    def link(*flags: str) -> str:
+        command = [sys.executable, "-m", "experiments.browse", str(folder), state, "--raters=ann"]
+        made = subprocess.run(
+            [*command, *flags], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        return re.search(r"#(\S+)", made.stdout).group(1)
+
+    token = link("--new_study=six", "--concepts=3", "--neurons=2", "--repeats=1")
     process, address = start(folder, state)
     typed = {}
     try:
@@ -288,6 +291,8 @@ def test_a_study_of_six_items_closed_in_the_middle(
         page.context.close()  # in the middle
         process.kill()
         process.wait()
+        assert link("--new_links=six") != token  # lost again: the next one opens it
+        token = link("--new_links=six")
         process, address = start(folder, state)
         page = opened(f"{address}/study/enter#{token}")
         page.wait_for_selector("text=3")
