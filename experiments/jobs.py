@@ -5,7 +5,9 @@ What `sweep` and `train` have in common.
 
 import collections
 import contextlib
+import hashlib
 import importlib.util
+import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -80,9 +82,15 @@ def define_flags() -> None:
 
 
 def join() -> None:
-    """Become one of several processes, with --multihost."""
+    """Become one of several processes, with --multihost.
+
+    Raises:
+      InputError: in every process, where some were given other flags.
+    """
     if FLAGS.multihost:
         distributed.join()
+        asked = json.dumps(given_flags(), sort_keys=True).encode()
+        distributed.check_same(hashlib.sha256(asked).digest(), "other flags")
 
 
 def check_workdir(out: Path, settings: str) -> Path:

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -25,8 +26,11 @@ SWEEP = [
 ]  # fmt: skip
 
 
-def start(folder: Path, count: int, *more: str, devices: int = 1) -> list[subprocess.Popen]:
-    """So many processes of a sweep into folder/out, with so many devices each."""
+def start(
+    folder: Path, count: int, *more: str, devices: int = 1, last: Sequence[str] = ()
+) -> list[subprocess.Popen]:
+    """So many processes of a sweep into folder/out, with so many devices each; the last is given
+    `last` as well."""
     if not (folder / "rows.npy").exists():
         np.save(folder / "rows.npy", ROWS)
     with socket.socket() as free:
@@ -36,9 +40,10 @@ def start(folder: Path, count: int, *more: str, devices: int = 1) -> list[subpro
         sys.executable, "-m", "experiments.sweep", f"--data={folder}/rows.npy",
         f"--workdir={folder}/out", *SWEEP, *(["--multihost"] if count > 1 else []), *more,
     ]  # fmt: skip
+    commands = [command] * (count - 1) + [[*command, *last]]
     processes = [
         subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            commands[i], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             env={**os.environ, "JAX_COORDINATOR_ADDRESS": address, "JAX_PLATFORMS": "cpu",
                  "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
                  "JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(i)},
@@ -102,6 +107,12 @@ def test_all_are_told_what_the_first_refuses(tmp_path: Path) -> None:
     printed = finish(start(tmp_path, 2), 2)
     assert all("error:" in text and "other files" in text for text in printed)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
+
+
+def test_processes_of_other_flags_are_refused(tmp_path: Path) -> None:
+    printed = finish(start(tmp_path, 2, last=["--resident_gib=1"]), 2)
+    assert all("process 1 has other flags than process 0" in text for text in printed)
+    assert not (tmp_path / "out").exists()
 
 
 def test_latents_are_shared_within_each_of_several_processes(tmp_path: Path) -> None:
