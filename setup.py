@@ -13,7 +13,7 @@ EXTRAS = {
     "extract": ["torch>=2.4", "transformers>=4.44"],
     "tensorboard": ["tensorboardX>=2.6"],
     "search": ["optuna>=4"],
-    "out-of-core": ["dask[array]>=2025.9", "xarray>=2025.6"],
+    "out-of-core": ["dask[array,distributed]>=2025.9", "xarray>=2025.6"],
     "browser": [
         "jinja2>=3.1",
         "plotly>=6",
@@ -31,7 +31,6 @@ EXTRAS["dev"] = [
     *EXTRAS["out-of-core"],
     "scvi-tools>=1.2",
     "build",
-    "distributed",
     "httpx2",
     "hypothesis",
     "playwright",

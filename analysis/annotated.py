@@ -9,8 +9,7 @@ which may be no more than co-expression in permuted features. Each is blind wher
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -87,7 +86,6 @@ class Lens:
     top: pd.DataFrame
     change_z: np.ndarray | None = None
     calibrated_z: np.ndarray | None = None
-    _folder: Any = field(default=None, repr=False)  # deletes the files of large tables
 
     def testable(self) -> np.ndarray:
         """[features]: whether there are cells enough on both sides to name a feature."""

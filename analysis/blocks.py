@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import concurrent.futures
+import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from sae_jax import disk
 
 
 def slices(length: int, size: int) -> Iterator[slice]:
@@ -34,18 +37,32 @@ def in_order(
 
 
 class Tables:
-    """Arrays of one shape, in memory or, where `count` of them are more than `memory_bytes`, in
-    files of the temporary folder, which go when the last user does (keep `folder` for that)."""
+    """Arrays [rows, columns] of 4 bytes a value, in memory or, where they are more than
+    `memory_bytes`, in a file of the temporary folder (TMPDIR). The file has no name and goes with
+    the last of the arrays, or with the process; its place on the disk is taken at once.
+
+    Attributes:
+      held: bytes that they take in memory.
+
+    Raises:
+      DiskError: there is no such place.
+    """
 
     def __init__(self, shape: tuple[int, int], count: int, memory_bytes: int) -> None:
-        self.shape, self._made, self.folder = shape, 0, None
-        if shape[0] * shape[1] * 4 * count > memory_bytes:
-            self.folder = tempfile.TemporaryDirectory(prefix="sae-jax-lens-")
+        self.shape, self._mapped, self._made = shape, None, 0
+        self.held = size = shape[0] * shape[1] * 4 * count
+        if size > memory_bytes:
+            self.held, folder = 0, Path(tempfile.gettempdir())
+            with disk.named(folder, size), tempfile.TemporaryFile(dir=folder) as file:
+                # Pages that a full disk has no place for would end the process when written to.
+                os.posix_fallocate(file.fileno(), 0, size)
+                self._mapped = np.memmap(file, np.uint8, "r+", shape=(size,))
 
     def new(self, dtype: type = np.float32) -> np.ndarray:
-        """Zeros."""
-        if self.folder is None:
+        """The next one, zeros."""
+        if self._mapped is None:
             return np.zeros(self.shape, dtype)
+        size = self.shape[0] * self.shape[1] * 4
         self._made += 1
-        path = Path(self.folder.name) / str(self._made)
-        return np.memmap(path, dtype, "w+", shape=self.shape)
+        part = self._mapped[(self._made - 1) * size : self._made * size]
+        return part.view(dtype).reshape(self.shape)

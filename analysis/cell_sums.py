@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import sparse
 
-from analysis import kernels
+from analysis import chunked, kernels
 from analysis.features import Matrix
 from sae_jax.errors import InputError
 
@@ -67,6 +67,7 @@ def moments_of(expression: Matrix) -> Moments:
         x = np.asarray(expression, dtype=np.float64)
         _check(x)
         return x, x**2, np.expm1(x), (x != 0).astype(np.float64)
+    chunked.sound(expression)
     single = expression.dtype == np.float32
     x = sparse.csr_array(expression, dtype=np.float32 if single else np.float64)
     if not x.has_canonical_format or not x.data.all():

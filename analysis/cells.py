@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,20 +95,26 @@ def read(path: str | Path) -> anndata.AnnData:
     return adata
 
 
-def annotations(path: str | Path) -> anndata.AnnData:
-    """obs, var and obsm of an h5ad file or zarr store, whose matrices stay there; see `parts`.
+def annotations(path: str | Path, obsm: Sequence[str] = ()) -> anndata.AnnData:
+    """obs, var and some of obsm of an h5ad file or zarr store; its matrices stay there (`parts`).
 
     Raises:
-      InputError: as `read`.
+      InputError: as `read`, or no such key of obsm.
     """
     path = Path(path)
     if not path.exists():
         raise InputError(f"there is no file {path}")
-    with _readable(path):
-        root = zarr.open_group(path, mode="r") if path.is_dir() else h5py.File(path)
+    with _readable(path), contextlib.ExitStack() as stack:
+        if path.is_dir():
+            root = zarr.open_group(path, mode="r")
+        else:
+            root = stack.enter_context(h5py.File(path))
         obs, var = (anndata.io.read_elem(root[name]) for name in ("obs", "var"))
-        obsm = anndata.io.read_elem(root["obsm"]) if "obsm" in root else {}
-        adata = anndata.AnnData(obs=obs, var=var, obsm=obsm)
+        there = root.get("obsm", {})
+        for key in obsm:
+            _refuse_missing(key, there)
+        read = {key: anndata.io.read_elem(there[key]) for key in obsm}
+        adata = anndata.AnnData(obs=obs, var=var, obsm=read)
     if 0 in adata.shape:
         raise InputError(f"{path} holds {adata.n_obs} cells and {adata.n_vars} genes")
     _refuse_duplicates(adata.obs_names, "cell names", "obs_names_make_unique()")
@@ -137,9 +143,10 @@ def expression(
     Genes without a count in any cell are left out: they were not measured here.
 
     Raises:
-      InputError: no such source or column, values that are not what `kind` says, or var names that
-        repeat and no `symbols`.
+      InputError: no such source or column, values that are not what `kind` says, var names that
+        repeat and no `symbols`, or a part (a view) of an AnnData in a file.
     """
+    _refuse_view_of_file(adata, source)
     x, var = _source(adata, source)
     if not isinstance(x, np.ndarray) and not sparse.issparse(x):
         return parts(adata, source, kind, symbols, memory_bytes=memory_bytes)
@@ -177,11 +184,7 @@ def parts(
         one cell.
     """
     if isinstance(where, anndata.AnnData):
-        if where.isbacked and where.is_view:
-            raise InputError(
-                "this is a part of an AnnData in a file, which anndata reads as a whole: give the "
-                "AnnData itself, or open it by anndata.experimental.read_lazy"
-            )
+        _refuse_view_of_file(where, source)
         matrix, var = _source(where, source)
         cells, name = where.obs_names, source
     else:
@@ -275,8 +278,7 @@ def embedding(adata: anndata.AnnData, key: str) -> np.ndarray:
     Raises:
       InputError: no such key, or values that are not finite numbers.
     """
-    if key not in adata.obsm:
-        raise InputError(f"obsm has no {key!r}; it has {_listing(adata.obsm)}")
+    _refuse_missing(key, adata.obsm)
     x = adata.obsm[key]
     x = x.compute() if chunked.is_dask(x) else x
     x = x.toarray() if sparse.issparse(x) else np.asarray(x)
@@ -400,12 +402,7 @@ def _csr(x: sparse.spmatrix | np.ndarray, source: str) -> sparse.csr_matrix:
         raise InputError(f"{source} holds {x.dtype} values; expression is made of real numbers")
     if x.dtype == np.float16:
         x = x.astype(np.float32)
-    try:
-        if sparse.issparse(x):
-            x.check_format(full_check=True)
-        return sparse.csr_matrix(x)
-    except ValueError as error:
-        raise InputError(f"{source} is damaged: {error}") from None
+    return sparse.csr_matrix(chunked.sound(x, source))
 
 
 def _check_values(values: np.ndarray, source: str, kind: str, of_all: bool = True) -> None:
@@ -459,6 +456,19 @@ def _representatives(symbols: pd.Series, totals: np.ndarray) -> np.ndarray:
     if not named.all():
         logging.info("%d genes have no symbol and are left out", (~named).sum())
     return np.sort(best)
+
+
+def _refuse_view_of_file(adata: anndata.AnnData, source: str) -> None:
+    if adata.isbacked and adata.is_view and source not in adata.layers:  # which are in memory
+        raise InputError(
+            "this is a part of an AnnData in a file, which anndata reads as a whole: give the "
+            "AnnData itself, or open it by anndata.experimental.read_lazy"
+        )
+
+
+def _refuse_missing(key: str, obsm: Any) -> None:
+    if key not in obsm:
+        raise InputError(f"obsm has no {key!r}; it has {_listing(obsm)}")
 
 
 def _refuse_duplicates(names: pd.Index, what: str, remedy: str) -> None:

@@ -3,19 +3,21 @@
 In memory (NumPy, SciPy), in a file (h5py, zarr, a backed sparse matrix of anndata) or as a dask
 array, which is how `anndata.experimental.read_lazy` has it. Blocks follow one another in the order
 of the rows, and what is added up over them is added in that order, so it does not depend on them.
-Where a `dask.distributed` client is at hand, blocks of a dask array are added up where its workers
-have them, and only sums travel.
+Where a `dask.distributed` client is at hand, blocks of a dask array are added up by its workers,
+and only sums travel.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
+from absl import logging
 from scipy import sparse
 
 from sae_jax.errors import InputError
@@ -23,6 +25,7 @@ from sae_jax.errors import InputError
 BLOCK_BYTES = 256 << 20
 ENTRY = 64  # bytes of a stored entry, with all copies of it that are made on its way into sums
 RUNS = 64  # into which a cluster's work is cut, whatever its size, so that this changes no result
+TASK = 4  # chunks of a task: as they are read, those of two tasks take less than two blocks do
 
 S = TypeVar("S", bound="State")
 
@@ -45,6 +48,16 @@ class Work(Protocol[S]):
 
     def add(self, state: S, block: sparse.csr_matrix) -> S:
         """With the rows of this part, in order; the state may be written into."""
+
+
+class Held(NamedTuple):
+    """What one process holds while it adds up: so many blocks, and so many times the sums, added to
+    by so many threads; and where, for messages."""
+
+    blocks: int = 1
+    sums: int = 1
+    threads: int = 1
+    where: str = ""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -85,7 +98,7 @@ class Chunked:
             raw = self._delayed[number].compute(scheduler="synchronous")
         else:
             raw = self._read(int(self.cuts[number]), int(self.cuts[number + 1]))
-        return _made(self.transform, raw, self.block_bytes)
+        return _made(self.transform, raw, self.block_bytes, self._shape_of(number))
 
     def __iter__(self) -> Iterator[sparse.csr_matrix]:
         """All blocks, in order."""
@@ -95,14 +108,25 @@ class Chunked:
         """The same matrix with something else done to its blocks, which may drop columns."""
         return dataclasses.replace(self, shape=(self.shape[0], columns), transform=transform)
 
+    def held(self) -> Held:
+        """By a process that `fold` runs in: one block, and the sums once.
+
+        Of a dask array with a client, each thread of a worker has sums of its own, a copy of them
+        while it adds to them, a block, and the chunks of two tasks; and one adds up all sums.
+        """
+        if (client := self._client()) is None:
+            return Held()
+        threads = max(client.nthreads().values(), default=1)
+        where = f" in each worker, of {threads} thread{'s' * (threads > 1)}"
+        return Held(3 * threads, 2 * threads + 2, threads, where)
+
     def fold(self, work: Work[S]) -> S:
         """What the work adds up over all rows.
 
         Here one block after another; of a dask array with a client, on its workers, in runs whose
         sums are added in order. The number of workers changes nothing.
         """
-        client = None if self._delayed is None else _client()
-        if client is not None:
+        if (client := self._client()) is not None:
             return self._fold_on(client, work)
         state = work.start()
         for number, rows in enumerate(self.slices()):
@@ -110,29 +134,43 @@ class Chunked:
         return state
 
     def _fold_on(self, client: Any, work: Work[S]) -> S:
-        """A worker holds a run's sums twice, two blocks of it, and nothing of other runs."""
-        import distributed
-
+        """As many runs at once as there are threads; see `held`."""
         slices, total = list(self.slices()), None
         runs = [r for r in np.array_split(np.arange(len(slices)), RUNS) if r.size]
         workers = max(1, sum(client.nthreads().values()))
         for first in range(0, len(runs), workers):
-            window = runs[first : first + workers]
+            window = [
+                [run[start : start + TASK] for start in range(0, len(run), TASK)]
+                for run in runs[first : first + workers]
+            ]
             states: list[Any] = [None] * len(window)
             for step in range(max(map(len, window))):
                 before = [state for state in states if state is not None]
-                for i, run in enumerate(window):
-                    if step < len(run):
-                        number = run[step]
+                for i, tasks in enumerate(window):
+                    if step < len(tasks):
+                        some = tasks[step]
                         states[i] = client.submit(
-                            _added, work.part(slices[number]), states[i],
-                            client.compute(self._delayed[number]), self.transform,
-                            self.block_bytes, pure=False,
+                            _added, [work.part(slices[number]) for number in some], states[i],
+                            client.compute([self._delayed[number] for number in some]),
+                            self.transform, self.block_bytes, [*map(self._shape_of, some)],
+                            pure=False,
                         )  # fmt: skip
-                distributed.wait(before)
+                _await(before)
+            _await(states)
             for state in states:
                 total = state if total is None else client.submit(_plus, total, state, pure=False)
         return work.start() if total is None else total.result()
+
+    def _shape_of(self, number: int) -> tuple[int, int]:
+        return int(self.cuts[number + 1] - self.cuts[number]), self.shape[1]
+
+    def _client(self) -> Any:
+        """The client of dask.distributed that is in use, if any, of a dask array."""
+        distributed = None if self._delayed is None else sys.modules.get("distributed")
+        try:
+            return None if distributed is None else distributed.default_client()
+        except ValueError:
+            return None
 
 
 def chunked(
@@ -145,12 +183,14 @@ def chunked(
         a dask array of dense or CSR chunks, whose chunks of rows are the blocks.
       name: for messages.
       memory_bytes: for a block and what is made of it. Sparse matrices say what their rows hold,
-        dense ones are taken to be full; a chunk of dask's is looked at when it is there.
+        dense ones are taken to be full; a chunk of dask's is looked at when it is there. Of a dense
+        matrix stored in chunks, blocks are whole chunks of rows; where memory is less, each block
+        reads all chunks that its rows lie in, which are counted.
       rows: the most of a block; None: as many as memory allows.
 
     Raises:
-      InputError: something else, no numbers, columns that cannot be read by rows, or a memory in
-        which not even one row has a place.
+      InputError: something else, no numbers, columns that cannot be read by rows, a damaged sparse
+        matrix, or a memory in which not even one row has a place.
     """
     if rows is not None and rows < 1:
         raise InputError(f"rows={rows}: a block has at least one.")
@@ -161,23 +201,24 @@ def chunked(
     if is_dask(matrix):
         return _of_dask(matrix, shape, name, memory_bytes)
     if sparse.issparse(matrix):
-        matrix = sparse.csr_matrix(matrix)
+        matrix = sparse.csr_matrix(sound(matrix, name))
         indptr = matrix.indptr
     elif (form := getattr(matrix, "format", None)) == "csr":
         indptr = matrix.group["indptr"][:]
+        if len(indptr) != shape[0] + 1 or np.diff(indptr).min(initial=0) < 0:
+            raise InputError(f"{name} is damaged: its indptr does not rise, once for each row")
     elif form is not None:
-        raise InputError(
-            f"{name} is stored by genes ({form.upper()}) and cannot be read by cells; write it as "
-            "CSR."
-        )
+        raise _by_genes(name, form)
     else:
         indptr = None
     if indptr is None:
-        per_row = np.full(shape[0], shape[1] * (dtype.itemsize + ENTRY), np.int64)
+        stored = int((getattr(matrix, "chunks", None) or (1,))[0])
+        cuts, largest = _dense_cuts(shape, dtype.itemsize, stored, memory_bytes, rows, name)
     else:
         per_row = np.diff(indptr).astype(np.int64) * ENTRY
-    cuts, largest = _cuts(per_row, memory_bytes, rows, name)
-    return Chunked(shape, cuts, largest, as_csr, lambda start, stop: matrix[start:stop])
+        cuts, largest = _cuts(per_row, memory_bytes, rows, name)
+    transform = functools.partial(as_csr, name=name)
+    return Chunked(shape, cuts, largest, transform, lambda start, stop: matrix[start:stop])
 
 
 def is_dask(matrix: Any) -> bool:
@@ -186,11 +227,29 @@ def is_dask(matrix: Any) -> bool:
     return array is not None and isinstance(matrix, array.Array)
 
 
-def as_csr(block: Any) -> sparse.csr_matrix:
-    """Rows as they were read, CSR of their own type (float16, which SciPy lacks: float32)."""
+def as_csr(block: Any, name: str = "X") -> sparse.csr_matrix:
+    """Rows as they were read, CSR of their own type (float16, which SciPy lacks: float32); raises
+    InputError as `sound`."""
     if block.dtype == np.float16:
         block = block.astype(np.float32)
-    return sparse.csr_matrix(block)
+    return sparse.csr_matrix(sound(block, name))
+
+
+def sound(matrix: Any, name: str = "expression") -> Any:
+    """The same, if no index of a sparse matrix points outside of it: SciPy and compiled loops would
+    follow it out of memory.
+
+    Raises:
+      InputError: one does.
+    """
+    if hasattr(matrix, "check_format"):  # CSR, CSC, BSR
+        try:
+            matrix.check_format(full_check=True)
+            if np.diff(matrix.indptr).min(initial=0) < 0:  # which SciPy looks for in entries alone
+                raise ValueError("indptr must be a non-decreasing sequence")
+        except ValueError as error:
+            raise InputError(f"{name} is damaged: {error}") from None
+    return matrix
 
 
 def _cuts(
@@ -211,7 +270,58 @@ def _cuts(
     return found, int(np.diff(ends[found]).max(initial=0))
 
 
+def _dense_cuts(
+    shape: tuple[int, int], itemsize: int, stored: int, memory_bytes: int, rows: int | None,
+    name: str,
+) -> tuple[np.ndarray, int]:  # fmt: skip
+    """As `_cuts`, of a dense matrix in chunks of `stored` rows, none of which is read in part.
+
+    Blocks are of whole bands of chunks, whose decoded copies are gone before a block becomes more
+    than its numbers; or, where that is too much, parts of one band, which is then decoded for each.
+    """
+    count, columns = shape
+    row = max(1, columns * (itemsize + ENTRY))
+    stored = max(1, min(stored, count))
+    fitting = min(memory_bytes // row, count if rows is None else rows)
+    if fitting >= stored:
+        cuts = np.arange(0, count, fitting // stored * stored)
+        band = 0
+    else:
+        band = stored * columns * itemsize
+        fitting = min((memory_bytes - band) // row, stored if rows is None else rows)
+        if fitting < 1 and stored == 1:
+            raise InputError(
+                f"a row of {name} takes up to {size(row)} while it is worked on: give it more than "
+                f"{size(memory_bytes)} of memory."
+            )
+        if fitting < 1:
+            raise InputError(
+                f"{name} is stored in chunks of {stored:,} rows, of which all columns take "
+                f"{size(band + row)} while one row is worked on: give it more than "
+                f"{size(memory_bytes)} of memory, or write it in chunks of fewer rows."
+            )
+        logging.warning(
+            "%s is stored in chunks of %d rows, read %d times in each pass: more memory, or chunks "
+            "of fewer rows, would save that", name, stored, -(-stored // fitting),
+        )  # fmt: skip
+        parts = [np.arange(first, min(first + stored, count), fitting)
+                 for first in range(0, count, stored)]  # fmt: skip
+        cuts = np.concatenate([np.empty(0, np.int64), *parts])
+    found = np.append(cuts, count).astype(np.int64)
+    return found, int(np.diff(found).max(initial=0)) * row + band
+
+
+def _by_genes(name: str, form: str) -> InputError:
+    return InputError(
+        f"{name} is stored by genes ({form.upper()}) and cannot be read by cells; write it as CSR."
+    )
+
+
 def _of_dask(matrix: Any, shape: tuple[int, int], name: str, memory_bytes: int) -> Chunked:
+    form = getattr(matrix._meta, "format", "csr")
+    # A column store in a file: chunks of some columns, or of all, have the rows of all cells.
+    if form == "csc" and (matrix.numblocks[1] > 1 or matrix.numblocks[0] == 1):
+        raise _by_genes(name, form)
     matrix = matrix.rechunk({1: shape[1]})
     lengths = matrix.chunks[0]
     if np.isnan(lengths).any():
@@ -226,7 +336,8 @@ def _of_dask(matrix: Any, shape: tuple[int, int], name: str, memory_bytes: int) 
             )
         memory_bytes = full
     delayed = list(matrix.to_delayed().ravel())
-    return Chunked(shape, cuts, memory_bytes, as_csr, lambda *_: None, delayed)
+    transform = functools.partial(as_csr, name=name)
+    return Chunked(shape, cuts, memory_bytes, transform, lambda *_: None, delayed)
 
 
 def size(count: float) -> str:
@@ -238,7 +349,9 @@ def size(count: float) -> str:
     return f"{count:,.3g} GiB" if count < 1000 else f"{count:,.0f} GiB"
 
 
-def _made(transform: Callable[[Any], sparse.csr_matrix], raw: Any, most: int) -> sparse.csr_matrix:
+def _made(
+    transform: Callable[[Any], sparse.csr_matrix], raw: Any, most: int, shape: tuple[int, int]
+) -> sparse.csr_matrix:
     """What a block becomes, if it is no larger than it may be."""
     if sparse.issparse(raw) and raw.nnz * ENTRY > most:
         raise InputError(
@@ -246,23 +359,30 @@ def _made(transform: Callable[[Any], sparse.csr_matrix], raw: Any, most: int) ->
             f"{size(raw.nnz * ENTRY)} while they are worked on, of {size(most)}: rechunk the array "
             "to fewer rows, or give more memory."
         )
-    return transform(raw)
+    if (found := transform(raw)).shape != shape:  # which loops over both would follow
+        raise InputError(f"a chunk came as {found.shape}, where the array has {shape}")
+    return found
 
 
-def _added(part: Any, state: Any, raw: Any, transform: Any, most: int) -> Any:
+def _added(
+    parts: list[Any], state: Any, raws: list[Any], transform: Any, most: int,
+    shapes: list[tuple[int, int]],
+) -> Any:  # fmt: skip
     """On a worker. What dask holds is never written into: a lost worker's part is done again."""
-    state = part.start() if state is None else copy.deepcopy(state)
-    return part.add(state, _made(transform, raw, most))
+    state = parts[0].start() if state is None else copy.deepcopy(state)
+    for part, raw, shape in zip(parts, raws, shapes, strict=True):
+        state = part.add(state, _made(transform, raw, most, shape))
+    return state
 
 
 def _plus(first: Any, second: Any) -> Any:
     return first.plus(second)
 
 
-def _client() -> Any:
-    """The client of dask.distributed that is in use, if any."""
-    distributed = sys.modules.get("distributed")
-    try:
-        return None if distributed is None else distributed.default_client()
-    except ValueError:
-        return None
+def _await(states: list[Any]) -> None:
+    """Until all are there; raises what a worker raised."""
+    import distributed
+
+    for state in distributed.wait(states).done if states else ():
+        if state.status == "error":
+            state.result()

@@ -19,7 +19,7 @@ from scipy import sparse, special
 from analysis import cell_sums, chunked
 from analysis.blocks import slices
 from analysis.cell_sums import GroupSums, GroupWork, Moments, Sums
-from analysis.chunked import Chunked
+from analysis.chunked import Chunked, Held
 from analysis.features import Matrix
 from analysis.groups import Groups, as_mask
 from sae_jax.errors import InputError
@@ -224,6 +224,9 @@ class _Calls:
     block_bytes: int = 0  # not known: whoever yields them has them
     rows: int = 0
 
+    def held(self) -> Held:
+        return Held()
+
     @functools.cached_property
     def shape(self) -> tuple[int, int]:
         return self.n_cells, next(iter(self.parts())).shape[1]
@@ -255,7 +258,8 @@ class Passes:
     Attributes:
       features: whose sums are taken in one pass over the cells.
       tested: of these at once.
-      bytes: that everything takes, at most, beside the masks.
+      bytes: that everything takes, at most, beside the masks; of a dask array with a client, in
+        each of its workers.
     """
 
     features: int
@@ -281,22 +285,25 @@ class Passes:
         """
         n_cells, genes = source.shape
         tested = max(1, min(tested, features, memory_bytes // (4 * TEST * genes * threads)))
-        sums = 2 * 4 * 8 * genes * (1 if threads == 1 else 2)  # of a feature
-        fixed = source.block_bytes + beside + 8 * 8 * genes + threads * tested * TEST * genes
+        held = source.held()
+        sums = 2 * 4 * 8 * genes * (held.sums + (threads > 1))  # of a feature
+        fixed = held.blocks * source.block_bytes + beside
+        fixed += 8 * 8 * genes + threads * tested * TEST * genes
         at_once = min(features, (memory_bytes - fixed) // sums)
         if at_once < 1:
             raise InputError(
                 f"expression of {n_cells:,} cells x {genes:,} genes needs "
                 f"{chunked.size(fixed + sums)} of memory for one feature in blocks of "
-                f"{source.rows:,} cells, and may take {chunked.size(memory_bytes)}: give more, or "
-                "smaller blocks."
+                f"{source.rows:,} cells{held.where}, and may take {chunked.size(memory_bytes)}: "
+                "give more, or smaller blocks."
             )
         found = cls(int(at_once), tested, int(fixed + sums * at_once))
         logging.info(
             "DGE: %s cells x %s genes in blocks of %s cells, %d features in %d passes, "
-            "at most %s",
+            "at most %s%s%s",
             f"{n_cells:,}", f"{genes:,}", f"{source.rows:,}" if source.rows else "their own",
-            features, math.ceil(features / at_once), chunked.size(found.bytes),
+            features, math.ceil(features / at_once), chunked.size(found.bytes), held.where,
+            f", {chunked.size(beside)} of it for tables" if beside else "",
         )  # fmt: skip
         return found
 
@@ -343,10 +350,13 @@ class Streamed:
 
     @classmethod
     def of(
-        cls, source: Chunked, features: int, memory_bytes: int, *, tested: int, threads: int
-    ) -> Streamed:
+        cls, source: Chunked, features: int, memory_bytes: int, *, tested: int, threads: int,
+        beside: int = 0,
+    ) -> Streamed:  # fmt: skip
         """One pass over the cells; the rest is as for `Passes.of`."""
-        plan = Passes.of(source, features, memory_bytes, tested=tested, threads=threads)
+        plan = Passes.of(
+            source, features, memory_bytes, tested=tested, threads=threads, beside=beside
+        )
         nothing = sparse.csc_array((0, source.shape[0]), dtype=bool)
         work = GroupWork(nothing, nothing, True, source.shape[1])
         _, everything = source.fold(work.and_all()).without_all()
@@ -379,12 +389,15 @@ class Streamed:
 
 
 def prepare(
-    expression: Matrix | Chunked, features: int, memory_bytes: int, *, tested: int, threads: int = 1
-) -> Prepared | Streamed:
+    expression: Matrix | Chunked, features: int, memory_bytes: int, *, tested: int,
+    threads: int = 1, beside: int = 0,
+) -> Prepared | Streamed:  # fmt: skip
     """The one for expression in memory, or the other for blocks of it; arguments as of `Passes`."""
     if not isinstance(expression, Chunked):
         return Prepared.of(expression)
-    return Streamed.of(expression, features, memory_bytes, tested=tested, threads=threads)
+    return Streamed.of(
+        expression, features, memory_bytes, tested=tested, threads=threads, beside=beside
+    )
 
 
 def _typical_sd(everything: Sums) -> float:

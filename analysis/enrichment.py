@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike
 from scipy import sparse, special, stats
 
 from analysis import kernels
+from analysis.blocks import slices
 from analysis.features import Matrix, as_booleans
 from sae_jax.errors import InputError
 
@@ -363,18 +364,34 @@ class LogQ:
     log_q: np.ndarray
 
     @classmethod
-    def over(cls, table: np.ndarray) -> LogQ:
-        """The correction over all values of a table; NaN counts as p = 1."""
-        values = np.sort(np.nan_to_num(table, nan=0.0, posinf=np.inf).ravel())
+    def over(
+        cls, table: np.ndarray, rows: np.ndarray | None = None,
+        room: tuple[np.ndarray, np.ndarray] | None = None,
+    ) -> LogQ:  # fmt: skip
+        """The correction over all values of a table [features, terms]; NaN counts as p = 1.
+
+        Args:
+            rows: of these features alone.
+            room: two arrays like the table that are written over, to hold the values and their q;
+                nothing else as large is made.
+        """
+        rows, width = np.arange(len(table)) if rows is None else rows, table[:1].size
+        values, corrected = (
+            each.reshape(-1)[: len(rows) * width]
+            for each in (room or (np.empty_like(table), np.empty_like(table)))
+        )
+        for some in slices(len(rows), 256):
+            part = np.nan_to_num(table[rows[some]], nan=0.0, posinf=np.inf)
+            values[some.start * width : some.stop * width] = part.ravel()
+        values.sort()
         # In rising order the value at position i has rank n - i among the p; q is the least of
         # p n / rank over all ranks from its own on, so over all positions up to its own.
-        corrected = np.empty_like(values)
-        for start in range(0, len(values), 1 << 20):
-            part = values[start : start + (1 << 20)].astype(np.float64)
-            part += np.log10((len(values) - start - np.arange(len(part))) / len(values))
-            corrected[start : start + (1 << 20)] = part
+        for some in slices(len(values), 1 << 20):
+            part = values[some].astype(np.float64)
+            part += np.log10((len(values) - some.start - np.arange(len(part))) / len(values))
+            corrected[some] = part
         np.maximum.accumulate(corrected, out=corrected)
-        return cls(values, np.maximum(corrected, 0))
+        return cls(values, np.maximum(corrected, 0, out=corrected))
 
     def __call__(self, log_p: np.ndarray) -> np.ndarray:
         """-log10 q of some of the table's values, float32 in their shape."""

@@ -64,9 +64,10 @@ def annotate(
       matched: whether to make the test within strata of like expression.
       top_genes: genes of a feature that are kept, those of the largest |t| in the rule's direction.
       block: features at once in each of `workers` threads (default: the cores).
-      memory_bytes: tables beyond it are kept in files of the temporary folder. Where expression is
-        in blocks (`cells.parts`), as much again is for these, for sums and tests, and is stated
-        before they are made.
+      memory_bytes: of all that is held beside the arguments. Tables that would take more than a
+        quarter of it are kept in a file of the temporary folder; the rest is for tests in threads
+        and, where expression is in blocks (`cells.parts`), for these and their sums: the whole is
+        stated in the log before the work starts.
       known: calibrations made before, instead of new ones.
 
     Returns:
@@ -75,6 +76,7 @@ def annotate(
     Raises:
       InputError: shapes that do not fit, fewer than 100 genes, no feature with high cells, memory
         in which blocks and the sums of one feature have no place.
+      DiskError: no place for the file.
     """
     rule = rule or Rule()
     if block < 1 or bins < 1 or not (null_features == 0 or null_features >= 30):
@@ -87,20 +89,23 @@ def annotate(
     n_features, n_terms = z.shape[1], len(sets.names)
     if not groups.high.nnz:
         raise InputError("no feature has a high cell: is the dictionary dead on these cells?")
-    # A thread holds some twenty tables [block, genes] of float64.
-    fitting = memory_bytes // (20 * 8 * block * len(expression.genes))
-    workers = workers or max(1, min(len(os.sched_getaffinity(0)), fitting))
-    prepared = differential.prepare(
-        expression.x, max(n_features, bins * null_features), memory_bytes, tested=block,
-        threads=workers,
-    )  # fmt: skip
-    block = prepared.tested or block
-    strata = enrichment.strata_of_rank(prepared.everything.x[0])
     known = known or {}
     made = {test: bool(null_features) or test in known for test in CALIBRATED}
     made["matched"] = matched
     tests = [test for test in TESTS if made.get(test, True)]
-    tables = Tables((n_features, n_terms), len(tests) + 7, memory_bytes)
+    tables = Tables((n_features, n_terms), len(tests) + 7, memory_bytes // 4)
+    # A thread holds some twenty tables [block, genes] of float64.
+    beside = tables.held
+    if null_features and not known:
+        beside += len(CALIBRATED) * 8 * bins * null_features * n_terms  # of permuted features
+    fitting = (memory_bytes - beside) // (20 * 8 * block * len(expression.genes))
+    workers = workers or max(1, min(len(os.sched_getaffinity(0)), fitting))
+    prepared = differential.prepare(
+        expression.x, max(n_features, bins * null_features), memory_bytes, tested=block,
+        threads=workers, beside=beside,
+    )  # fmt: skip
+    block = prepared.tested or block
+    strata = enrichment.strata_of_rank(prepared.everything.x[0])
     log_p = {test: tables.new() for test in tests}
     auc, deviate, change, fold = (tables.new() for _ in range(4))
     hits = tables.new(np.int32)
@@ -179,7 +184,6 @@ def annotate(
         rule=rule, log_p=log_p, auc=auc, z=deviate, fold=fold, hits=hits, n_high=n_high,
         n_low=n_low, n_relevant=n_relevant, top=pd.concat(tops, ignore_index=True),
         change=change, **deviates,
-        _folder=tables.folder,
     )  # fmt: skip
     return lens, known
 

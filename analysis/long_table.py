@@ -27,15 +27,23 @@ def write(
     Columns: feature, term, size, hits, fold, change, change_z, auc, z, calibrated_z, and for each
     test log10_p_<test>, log10_q_<test> (over the feature's terms) and log10_q_all_<test> (over
     all terms of all testable features; NaN for the others), all of them -log10.
+
+    Args:
+      memory_bytes: the columns over all terms that would take more than a quarter of it, as the
+        lens's own tables may, are kept in a file of the temporary folder.
+
+    Raises:
+      DiskError: no place for that file, or for the table.
     """
     testable = np.flatnonzero(lens.testable())
-    tables = Tables(lens.auc.shape, len(lens.log_p) + 2, memory_bytes)
+    tables = Tables(lens.auc.shape, len(lens.log_p) + 2, memory_bytes // 4)
+    room = tables.new(), tables.new()
     everywhere = {}
     for test, table in lens.log_p.items():
         everywhere[test] = tables.new()
         everywhere[test][:] = np.nan
         if testable.size:
-            corrected = enrichment.LogQ.over(table[testable])
+            corrected = enrichment.LogQ.over(table, testable, room)
             for part in slices(len(testable), 256):
                 rows = testable[part]
                 everywhere[test][rows] = corrected(table[rows])

@@ -120,7 +120,7 @@ def embed(
     """
     if not in_memory(adata) and not hasattr(model, "swaps"):
         parts = slices(adata.n_obs, CELLS)
-        return np.concatenate([embed(model, adata[rows].to_memory(), options) for rows in parts])
+        return np.concatenate([embed(model, _read(adata, rows), options) for rows in parts])
     found = model.embed(adata, **(options or {}))
     if isinstance(found, Mapping):
         if len(found) != 1:
@@ -143,6 +143,21 @@ def in_memory(adata: anndata.AnnData) -> bool:
         or any(map(chunked.is_dask, matrices))
         or not isinstance(adata.obs, pd.DataFrame)
     )
+
+
+def _read(adata: anndata.AnnData, rows: slice | np.ndarray) -> anndata.AnnData:
+    """Some cells in memory. `to_memory` would close the file, for all who read it."""
+    some = adata[rows]
+    if not adata.isbacked:
+        return some.to_memory()
+    copies = {
+        name: {key: value.copy() for key, value in getattr(some, name).items()}
+        for name in ("obsm", "varm", "layers")
+    }
+    found = anndata.AnnData(some.X, some.obs.copy(), some.var.copy(), adata.uns, **copies)
+    if adata.raw is not None:
+        found.raw = anndata.AnnData(some.raw.X, some.obs.copy(), some.raw.var.copy())
+    return found
 
 
 class Score:
@@ -196,7 +211,7 @@ class AnyModel:
         if self._layer == "raw" or (self._layer is not None and self._layer not in adata.layers):
             raise InputError(f"counts={self._layer!r}: genes are exchanged in X or in a layer.")
         if not in_memory(adata):  # these cells alone are
-            adata, cells = adata[cells].to_memory(), np.arange(len(cells))
+            adata, cells = _read(adata, cells), np.arange(len(cells))
         matrix = adata.X if self._layer is None else adata.layers[self._layer]
         if matrix is None:
             raise InputError("the AnnData has no X: name the layer to exchange genes in by counts.")

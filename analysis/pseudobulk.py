@@ -50,6 +50,9 @@ class DonorTest:
     n_donors: np.ndarray
 
 
+WIDE = tuple(field.name for field in fields(DonorTest))[:-1]  # [features, genes]
+
+
 def donor_test(
     expression: Matrix | Chunked,
     high: Matrix,
@@ -81,15 +84,16 @@ def donor_test(
         min_cells: at least 1.
         pseudocount: added for the fold change to the mean counts (or counts per 10,000).
         block: features worked on at once; some ten arrays [block, donors, genes] are held.
-        memory_bytes: of expression in blocks, for the block, these arrays, and the sums of as many
-            features as fit: they are done in one pass over the cells. Stated in the log before.
+        memory_bytes: of expression in blocks, for the block, these arrays, the tests of all
+            features, and the sums of as many as fit: they are done in one pass over the cells.
+            Stated in the log before.
 
     Returns:
         The tests, features in the order of the masks.
 
     Raises:
         InputError: if shapes or types disagree, if the groups overlap, if the expression is not of
-            the scale, or for another option.
+            the scale, for another option, or memory that the tests have no place in.
     """
     if min_cells < 1 or block < 1 or pseudocount <= 0:
         raise InputError(
@@ -120,15 +124,15 @@ def donor_test(
             high, low = ([table[rows] for table in group] for group in sums.groups)
             yield _test(high, low, scale, min_cells, pseudocount, rounding=n_cells * EPSILON)
 
-    parts = [
-        part for rows in slices(high.shape[0], at_once) for part in one_pass(work.features(rows))
-    ]
-    return DonorTest(
-        **{
-            field.name: np.concatenate([getattr(part, field.name) for part in parts])
-            for field in fields(DonorTest)
-        }
-    )
+    wide = {name: np.empty((high.shape[0], n_genes)) for name in WIDE}
+    found, start = DonorTest(**wide, n_donors=np.empty(high.shape[0], np.int64)), 0
+    for rows in slices(high.shape[0], at_once):
+        for part in one_pass(work.features(rows)):
+            there = slice(start, start + len(part.n_donors))
+            for field in fields(DonorTest):
+                getattr(found, field.name)[there] = getattr(part, field.name)
+            start = there.stop
+    return found
 
 
 def _at_once(expression: Chunked, work: _Work, block: int, memory_bytes: int) -> tuple[int, int]:
@@ -137,21 +141,26 @@ def _at_once(expression: Chunked, work: _Work, block: int, memory_bytes: int) ->
     Raises:
         InputError: not one feature fits.
     """
+    features, held = work.high.shape[0], expression.held()
     table = 8 * work.n_donors * work.n_genes
-    sums = 2 * 2 * len(SCALES[work.scale]) * table  # of a feature, and those of a block
+    # Of a feature; what is added to one of its tables is made sparse, then dense.
+    sums = (2 * len(SCALES[work.scale]) * held.sums + 3 * held.threads) * table
+    result = features * (len(WIDE) * 8 * work.n_genes + 8)
     block = max(1, min(block, memory_bytes // (4 * 10 * table)))
-    fixed = expression.block_bytes + block * 10 * table
-    at_once = min(work.high.shape[0], (memory_bytes - fixed) // sums)
+    fixed = held.blocks * expression.block_bytes + block * 10 * table + result
+    at_once = min(features, (memory_bytes - fixed) // sums)
     if at_once < 1:
         raise InputError(
             f"{work.n_donors} donors x {work.n_genes:,} genes need {chunked.size(fixed + sums)} of "
-            f"memory for one feature, and may take {chunked.size(memory_bytes)}: give more."
+            f"memory for one feature at a time{held.where}, {chunked.size(result)} of it for the "
+            f"tests of all {features:,}, and may take {chunked.size(memory_bytes)}: give more, or "
+            "fewer features."
         )
     logging.info(
         "pseudobulk: %s cells x %s genes in blocks of %s cells, %d donors, %d features in %d "
-        "passes, at most %s",
+        "passes, at most %s%s",
         f"{expression.shape[0]:,}", f"{work.n_genes:,}", f"{expression.rows:,}", work.n_donors,
-        work.high.shape[0], -(-work.high.shape[0] // at_once), chunked.size(fixed + sums * at_once),
+        features, -(-features // at_once), chunked.size(fixed + sums * at_once), held.where,
     )  # fmt: skip
     return int(at_once), block
 
@@ -206,22 +215,23 @@ class _Work:
     def add_values(self, state: _Sums, values: list[Matrix]) -> _Sums:
         """The same of what `_values` makes of them."""
         for mask, tables in zip((self.high, self.low), state.groups, strict=True):
-            for table, found in zip(tables, self._of(mask.tocsr(), values), strict=True):
-                table += found
+            split = self._split(mask.tocsr())
+            tables[0] += np.diff(split.indptr).reshape(tables[0].shape)
+            for table, value in zip(tables[1:], values, strict=True):
+                found = split @ value
+                table += (found.toarray() if sparse.issparse(found) else found).reshape(table.shape)
+                del found  # before the next is made
         return state
 
-    def _of(self, mask: sparse.csr_array, values: list[Matrix]) -> Iterator[np.ndarray]:
-        """One sparse product: a row of the mask becomes one row for each donor."""
+    def _split(self, mask: sparse.csr_array) -> sparse.csr_array:
+        """A row of the mask becomes one row for each donor."""
         feature, cell = mask.nonzero()
         labelled = self.donor[cell] >= 0
         feature, cell = feature[labelled].astype(np.int64), cell[labelled]
-        split = sparse.csr_array(
+        return sparse.csr_array(
             (np.ones(cell.size), (feature * self.n_donors + self.donor[cell], cell)),
             shape=(mask.shape[0] * self.n_donors, mask.shape[1]),
         )
-        for found in (np.diff(split.indptr), *(split @ value for value in values)):
-            found = found.toarray() if sparse.issparse(found) else found
-            yield found.reshape(mask.shape[0], self.n_donors, -1)
 
 
 def _test(
@@ -278,7 +288,7 @@ def _values(expression: Matrix, scale: str) -> list[Matrix]:
             f"expression has {np.ndim(expression)} dimensions: give a matrix of cells by genes."
         )
     if sparse.issparse(expression):
-        x = sparse.csr_array(expression, dtype=np.float64, copy=True)
+        x = sparse.csr_array(chunked.sound(expression), dtype=np.float64, copy=True)
         x.sum_duplicates()
         stored = x.data
     else:

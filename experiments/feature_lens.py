@@ -16,8 +16,8 @@ With --seeds=3 (or, of a saved dictionary, --replicates=B,C) every feature is to
 dictionaries it comes back, and --consensus saves a dictionary of those that do.
 
 With --out_of_core expression stays in its file and is read a block of cells at a time, in passes
-over the cells, in --memory_gib; results are the same. Held are the embedding and the activations
-(the non-zero ones), obs, and the tables that the folder gets.
+over the cells, in --memory_gib, of which the log says what is used; results are the same. Held
+beside it are the embedding and the activations (the non-zero ones), obs, and the gene sets.
 
 Each stage leaves its files and is not done again with --resume. Zheng's 3,774 cells, 20 dimensions
 -> 10,000 latents, 1,500 GO terms: about 6 minutes on two cores, half of it training.
@@ -133,11 +133,16 @@ def define_flags() -> None:
     flags.DEFINE_list("highlight", None, "Features to mark in the figures: feature_12, ...")
     flags.DEFINE_string("top_level", None, "OBO file whose slim or first level colours the map.")
     flags.DEFINE_integer("top", 20, "Features with a section of their own on the page.", 0)
-    flags.DEFINE_float("memory_gib", 4.0, "Tables beyond it go to files.", 0)
+    flags.DEFINE_float(
+        "memory_gib",
+        4.0,
+        "Of the work beside its inputs; tables beyond a quarter of it go to a file in TMPDIR.",
+        0,
+    )
     flags.DEFINE_bool(
         "out_of_core",
         False,
-        "Leave expression in its file; --memory_gib is for blocks of cells and their sums, too.",
+        "Leave expression in its file; --memory_gib has blocks of cells and their sums in it, too.",
     )
 
 

@@ -103,7 +103,11 @@ def read(beside: str, min_universe: int = 0, block_bytes: int | None = None) -> 
         raise InputError(
             "PCA needs the expression of all cells in memory: give --embedding, or no --out_of_core"
         )
-    adata = cells.read(path) if block_bytes is None else cells.annotations(path)
+    if block_bytes is None:
+        adata = cells.read(path)
+    else:
+        stored = FLAGS.embedding.endswith((".zarr", ".npy"))
+        adata = cells.annotations(path, () if stored else (FLAGS.embedding,))
     labels = None if label is None else cells.labels(adata, label)
     embedding = None
     if FLAGS.embedding is not None and FLAGS.embedding.endswith(".zarr"):

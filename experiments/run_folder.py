@@ -30,6 +30,7 @@ import sae_jax
 from analysis import baselines, plots
 from analysis.gene_sets import GeneSets
 from sae_jax import files
+from sae_jax.reading import reading
 
 ROW_GROUP = 8  # features
 MAP = "map.npz"  # of the cells: a minute for a hundred thousand of them, so it is kept
@@ -119,17 +120,16 @@ def input_maps(path: str | Path, names: pd.Index) -> dict[str, np.ndarray]:
     """
     if not h5py.is_hdf5(path):
         return {}
-    # By anndata: files of its first versions hold obsm as one table, not as a group of arrays.
-    held = anndata.read_h5ad(path, backed="r")
-    try:
-        at = held.obs_names.get_indexer(names)
+    # These arrays alone: anndata would read all of obsm and of the layers.
+    with reading(path), h5py.File(path) as file:
+        held, at = file.get("obsm", {}), _cell_names(file["obs"]).get_indexer(names)
+        if isinstance(held, h5py.Dataset):  # one table, of the first versions of anndata
+            held = {key: held[key] for key in held.dtype.names}
         found = {
-            key: np.asarray(value, np.float32)[at] for key, value in held.obsm.items()
-            if isinstance(value, np.ndarray) and value.ndim == 2 and value.shape[1] == 2
+            key: np.asarray(value[()], np.float32)[at] for key, value in held.items()
+            if not isinstance(value, h5py.Group) and value.ndim == 2 and value.shape[1] == 2
             and value.dtype.kind in "fiu"
         }  # fmt: skip
-    finally:
-        held.file.close()
     maps = {}
     for key, coordinates in found.items():
         if not np.isfinite(coordinates).all():
@@ -138,6 +138,13 @@ def input_maps(path: str | Path, names: pd.Index) -> dict[str, np.ndarray]:
         name = f"X_{key.removeprefix('X_')}"
         maps[f"{name}_of_input" if name in ("X_umap", "X_pca") else name] = coordinates
     return maps
+
+
+def _cell_names(obs: h5py.Group | h5py.Dataset) -> pd.Index:
+    if isinstance(obs, h5py.Group):
+        return pd.Index(anndata.io.read_elem(obs[obs.attrs["_index"]])).astype(str)
+    names = obs[obs.dtype.names[0]]  # one table, of the first versions of anndata
+    return pd.Index([name.decode() if isinstance(name, bytes) else name for name in names])
 
 
 def write_by_feature(path: Path, parts: pd.DataFrame | Iterable[pd.DataFrame]) -> None:

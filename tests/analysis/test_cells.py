@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import anndata
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -106,3 +107,18 @@ def test_a_truncated_h5ad_is_one_message(tmp_path: Path) -> None:
     (tmp_path / "x.h5ad").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(InputError, match="cannot be read"):
         cells.read(tmp_path / "x.h5ad")
+
+
+def test_annotations_are_read_without_anything_else_and_leave_no_file_open(tmp_path: Path) -> None:
+    adata = _adata(np.ones((3, 2)), ["a", "b"], ["A", "B"])
+    adata.obsm = {"X_m": np.arange(6.0).reshape(3, 2), "other": np.ones((3, 4))}
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    with h5py.File(tmp_path / "a.h5ad", "a") as file:
+        file["obsm/other"].attrs["encoding-type"] = "of tomorrow"  # nobody can decode it
+    found = cells.annotations(tmp_path / "a.h5ad", ["X_m"])
+    np.testing.assert_array_equal(cells.embedding(found, "X_m"), adata.obsm["X_m"])
+    assert [*found.obsm] == ["X_m"]
+    with pytest.raises(InputError, match="obsm has no 'X_n'; it has X_m, other"):
+        cells.annotations(tmp_path / "a.h5ad", ["X_n"])
+    with h5py.File(tmp_path / "a.h5ad", "a"):  # refused where it is still open for reading
+        pass

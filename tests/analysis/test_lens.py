@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -252,6 +253,27 @@ def test_blocks_threads_and_files_change_nothing(
     assert isinstance(again.auc, np.memmap) == ("memory_bytes" in options)
 
 
+def test_tables_have_a_quarter_of_the_memory(
+    made: tuple[lens.Lens, dict[str, calibration.Calibration]],
+    z: sparse.csr_matrix, expression: Expression, sets: GeneSets, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    taken, prepare = [], differential.prepare
+
+    def noted(*given: Any, beside: int, **options: Any) -> Any:
+        taken.append(beside)
+        return prepare(*given, beside=beside, **options)
+
+    monkeypatch.setattr(differential, "prepare", noted)
+    size = made[0].auc.size * 4 * (len(lens.TESTS) + 7)
+    for memory_bytes in (4 * size, 4 * size - 4):
+        found, _ = lens.annotate(
+            z, expression, sets, RULE, null_features=0, known=made[1], progress=False,
+            memory_bytes=memory_bytes,
+        )  # fmt: skip
+        assert isinstance(found.auc, np.memmap) == (memory_bytes < 4 * size)
+    assert taken == [size, 0]
+
+
 def test_a_calibration_depends_on_sizes_and_seed_alone(
     made: tuple[lens.Lens, dict[str, calibration.Calibration]],
     z: sparse.csr_matrix, expression: Expression, sets: GeneSets,
@@ -392,6 +414,13 @@ def test_bh_of_logarithms() -> None:
     table = (-np.log10(p)).astype(np.float32)
     every = enrichment.LogQ.over(table)(table).astype(np.float64)
     np.testing.assert_allclose(10**-every, enrichment.benjamini_hochberg(p, axis=None), rtol=1e-5)
+    rows, room = np.array([0, 2, 3]), (np.empty_like(table), np.empty_like(table))
+    of_some, before = enrichment.LogQ.over(table, rows, room), table.copy()
+    expected = enrichment.LogQ.over(table[rows].copy())
+    np.testing.assert_array_equal(of_some(table[rows]), expected(table[rows]))
+    np.testing.assert_array_equal(table, before)
+    assert np.shares_memory(of_some.log_p, room[0])
+    assert np.shares_memory(of_some.log_q, room[1])
 
 
 def test_bad_input(z: sparse.csr_matrix, expression: Expression, sets: GeneSets) -> None:

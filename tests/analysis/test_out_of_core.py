@@ -1,15 +1,18 @@
 """Cells in memory, in a file or in a dask array, in blocks of any size: the same results."""
 
+import contextlib
 import functools
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import anndata
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
+import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy import sparse
@@ -183,6 +186,17 @@ def test_attribution_reads_the_cells_it_needs(
     assert np.abs(found.scores).max() > 0
 
 
+@pytest.mark.parametrize("way", ["backed csr", "backed dense"])
+def test_attribution_leaves_the_file_open(way: str, tmp_path: Path) -> None:
+    both, adata = Sums(), WAYS[way](tmp_path)
+    found = cells.parts(adata, "X", "counts", rows=9)
+    attribution.attribute(both, both, adata, prototypes=3, progress=False)
+    assert adata.file.is_open
+    np.testing.assert_array_equal(
+        sparse.vstack(list(found())).toarray(), _expected()[0].x.toarray()
+    )
+
+
 @settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.integers(0, 9), max_size=8), st.integers(0, 2**31))
 def test_sums_of_blocks_are_those_of_all_cells_wherever_they_are_cut(
@@ -215,23 +229,33 @@ def test_sums_of_blocks_are_those_of_all_cells_wherever_they_are_cut(
     np.testing.assert_array_equal(whole.tables[0, :3, 3], high @ np.sign(dense))
 
 
-def test_a_cluster_adds_up_where_the_cells_are(tmp_path: Path) -> None:
+@contextlib.contextmanager
+def _cluster(workers: int, threads: int = 1, processes: bool = False) -> Iterator[None]:
     distributed = pytest.importorskip("distributed")
+    with (
+        distributed.LocalCluster(
+            n_workers=workers,
+            threads_per_worker=threads,
+            processes=processes,
+            dashboard_address=None,
+        ) as cluster,
+        distributed.Client(cluster) as client,
+    ):
+        assert [*client.nthreads().values()] == [threads] * workers
+        yield
+
+
+def test_a_cluster_adds_up_where_the_cells_are(tmp_path: Path) -> None:
     path = _stored(tmp_path / "a.zarr", sparse.csr_matrix)
     _, expected = _expected()
     found = []
     for workers in (1, 3):
-        with (
-            distributed.LocalCluster(
-                workers, 1, processes=False, dashboard_address=None
-            ) as cluster,
-            distributed.Client(cluster) as client,
-        ):
+        with _cluster(workers):
             for adata in (_lazy(path), _dask(sparse.csr_matrix, 2)):
                 persisted = adata.X.persist() if adata.X.npartitions > 1 else adata.X
                 adata.X = persisted
                 blocks = cells.parts(adata, "X", "counts")
-                assert client.get_versions()
+                assert blocks.x.held()[:3] == (3, 4, 1)
                 found.append(list(differential.welch_streamed(blocks, HIGH, active=ACTIVE)))
     found = [np.concatenate([part.t for part in parts]) for parts in found]
     for t in found:
@@ -240,30 +264,101 @@ def test_a_cluster_adds_up_where_the_cells_are(tmp_path: Path) -> None:
         np.testing.assert_array_equal(one, three)
 
 
+def test_a_worker_of_another_process_does_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that is sent can be, and what is wrong with a chunk comes back as it was raised."""
+    monkeypatch.setattr(chunked, "RUNS", 2)  # so that one has two tasks
+    monkeypatch.setattr(chunked, "TASK", 2)
+    stored = _lazy(_stored(tmp_path / "a.h5ad", sparse.csr_matrix))
+    stored.X = stored.X.rechunk((8, GENES))
+    low, both = ACTIVE.toarray() == 0, Sums()
+    log, expected = _expected()
+    donors = donor_test(log.x, HIGH, low, DONORS, scale="log1p", min_cells=1)
+    keys = {"rule": lens.Rule(percentile=70, cells=3), "null_features": 0, "progress": False}
+    terms, _ = lens.annotate(Z, log, _sets(), **keys)
+    scores = attribution.attribute(both, both, _adata(), prototypes=3, progress=False).scores
+    with _cluster(1, 1, processes=True):
+        blocks = cells.parts(stored, "X", "counts")
+        found = list(differential.welch_streamed(blocks, HIGH, active=ACTIVE))
+        t = np.concatenate([part.t for part in found])
+        np.testing.assert_allclose(t, expected.t, rtol=1e-9)
+        again = donor_test(blocks.x, HIGH, low, DONORS, scale="log1p", min_cells=1)
+        np.testing.assert_allclose(again.t, donors.t, rtol=1e-9)
+        named, _ = lens.annotate(Z, blocks, _sets(), **keys)
+        np.testing.assert_allclose(named.log_p["fisher"], terms.log_p["fisher"], rtol=1e-5)
+        np.testing.assert_allclose(named.z, terms.z, rtol=1e-5)
+        found = attribution.attribute(both, both, stored, prototypes=3, progress=False)
+        np.testing.assert_array_equal(found.scores, scores)
+        with pytest.raises(InputError, match="are not integers"):
+            cells.parts(_dask(lambda x: sparse.csr_matrix(x / 2), 8), "X", "counts")
+
+
+def test_with_a_client_memory_is_of_all_threads_of_a_worker() -> None:
+    matrix = _dask(sparse.csr_matrix, 5).X
+    memory = 200_000
+    alone = differential.Passes.of(chunked.chunked(matrix, memory_bytes=9_000), 500, memory)
+    with _cluster(1, 3, processes=False):
+        blocks = chunked.chunked(matrix, memory_bytes=9_000)
+        assert blocks.held()[:3] == (9, 8, 3)
+        plan = differential.Passes.of(blocks, 500, memory)
+        assert plan.features <= alone.features / 6
+        assert plan.bytes <= memory
+        with pytest.raises(InputError, match="in each worker, of 3 threads, and may take 78"):
+            differential.Passes.of(blocks, 500, 80_000)
+        in_memory = chunked.chunked(matrix.compute(), memory_bytes=9_000)
+        assert differential.Passes.of(in_memory, 500, memory).features > plan.features
+
+
+SEEN: list[bool] = []  # of this module, which workers in this process import: not a copy
+
+
+def _spoiled(block: np.ndarray, block_info: Any = None) -> np.ndarray:
+    first = bool(block_info) and block_info[0]["array-location"][0][0] == 0
+    SEEN.append(first)
+    return block - 2 if first else block
+
+
+def test_a_bad_chunk_is_told_of_at_once() -> None:
+    array = pytest.importorskip("dask.array")
+    n = 6 * chunked.RUNS  # chunks: two tasks a run
+    matrix = array.ones((n, 3), chunks=(1, 3)).map_blocks(_spoiled, dtype=float)
+    high = np.arange(n)[None] % 3 == 0
+    SEEN.clear()
+    with _cluster(1), pytest.raises(InputError, match="expression ranges from -1"):
+        list(differential.welch_streamed(chunked.chunked(matrix), high, low=~high))
+    assert any(SEEN)
+    assert len(SEEN) <= 24  # of 384
+
+
 def test_what_dask_holds_is_not_written_into() -> None:
     """A part that a lost worker had is made again, of the same sums as before."""
     work = cell_sums.GroupWork(HIGH.tocsc(), ACTIVE.tocsc(), True, GENES)
     x = _adata().X.log1p()
-    once = chunked._added(work, None, x, chunked.as_csr, 1 << 30)
+    once = chunked._added([work], None, [x], chunked.as_csr, 1 << 30, [x.shape])
     before = once.tables.copy()
-    twice = chunked._added(work, once, x, chunked.as_csr, 1 << 30)
+    twice = chunked._added([work], once, [x], chunked.as_csr, 1 << 30, [x.shape])
     np.testing.assert_array_equal(once.tables, before)
     np.testing.assert_allclose(twice.tables, 2 * before, rtol=1e-12)
 
 
-def _peak(n: int, folder: Path) -> tuple[int, int]:
-    """Bytes at most of a DGE of n cells in a file, measured; and those stated."""
+def _many(n: int, folder: Path) -> anndata.AnnData:
+    """Counts of n cells and 200 genes in a file."""
     rng = np.random.default_rng(0)
     x = sparse.random_array((n, 200), density=0.5, format="csr", dtype=np.float32, rng=rng)
     x.data = np.ceil(x.data * 5)
     names = pd.DataFrame(index=np.arange(n).astype(str))
     anndata.AnnData(sparse.csr_matrix(x), names).write_h5ad(folder / f"{n}.h5ad")
-    backed = anndata.read_h5ad(folder / f"{n}.h5ad", "r")
+    return anndata.read_h5ad(folder / f"{n}.h5ad", "r")
+
+
+def _peak(n: int, folder: Path) -> tuple[int, int]:
+    """Bytes at most of a DGE of n cells in a file, measured; and those stated."""
+    rng, backed = np.random.default_rng(1), _many(n, folder)
     cell = rng.integers(0, n, (40, 60))
     active = sparse.csr_array((np.ones(2400, bool), (np.repeat(np.arange(40), 60), cell.ravel())))
     active.resize(40, n)
     high = sparse.csr_array(active.toarray() & (rng.random((40, n)) < 0.5))
-    del x
     tracemalloc.start()
     try:
         blocks = cells.parts(backed, "X", "counts", memory_bytes=1 << 18)
@@ -290,6 +385,119 @@ def test_memory_is_what_was_stated_and_does_not_grow_with_the_cells(tmp_path: Pa
     assert twice - some <= 100 * 1500  # a cell has a place in masks; its genes take 6,400 bytes
 
 
+@pytest.mark.parametrize("scale", ["counts", "log1p"])
+def test_memory_of_tests_over_donors_has_the_tests_in_it(scale: str, tmp_path: Path) -> None:
+    n, memory = 600, 6 << 20
+    backed, rng = _many(n, tmp_path), np.random.default_rng(0)
+    high = rng.random((500, n)) < 0.3
+    low, donors = ~high & (rng.random((500, n)) < 0.5), np.arange(n) % 4
+    result = 500 * 200 * 4 * 8
+    for some in (slice(1), slice(None)):  # the first compiles and imports
+        blocks = chunked.chunked(backed.X, memory_bytes=1 << 18)
+        if scale == "log1p":
+            blocks = blocks.then(_log1p, 200)
+        call = (blocks, high[some], low[some], donors)
+        tracemalloc.start()
+        try:
+            before = tracemalloc.get_traced_memory()[0]
+            found = donor_test(*call, scale=scale, memory_bytes=memory)
+            peak = tracemalloc.get_traced_memory()[1] - before
+        finally:
+            tracemalloc.stop()
+    masks = 1.25 * 2 * 5 * np.count_nonzero([high, low])  # by features and by cells
+    assert result < peak < memory + masks
+    assert np.isfinite(found.t).all()
+    with pytest.raises(InputError, match="for the tests of all 500"):
+        donor_test(*call, scale=scale, memory_bytes=result)
+
+
+def _log1p(block: sparse.csr_matrix) -> sparse.csr_matrix:
+    return block.log1p()
+
+
+def _wild(form: type = sparse.csr_matrix) -> Any:
+    """With an index one beyond the last gene (or cell): not far enough to end the process."""
+    x = form(np.log1p(COUNTS))
+    x.indices = x.indices.copy()
+    x.indices[0] = x.shape[1 if x.format == "csr" else 0]
+    return x
+
+
+WRONG = "is damaged: indices must be <"
+
+
+@pytest.mark.parametrize("form", [sparse.csr_matrix, sparse.csc_array])
+def test_an_index_that_points_outside_is_not_followed(form: type, tmp_path: Path) -> None:
+    x, low = _wild(form), ACTIVE.toarray() == 0
+    with pytest.raises(InputError, match=WRONG):
+        differential.welch(x, HIGH, active=ACTIVE)
+    with pytest.raises(InputError, match=WRONG):
+        differential.Prepared.of(x)
+    with pytest.raises(InputError, match=WRONG):
+        list(differential.welch_streamed(lambda: iter([x]), HIGH, active=ACTIVE))
+    with pytest.raises(InputError, match=WRONG):
+        donor_test(x, HIGH, low, DONORS, scale="log1p")
+    with pytest.raises(InputError, match=WRONG):
+        chunked.chunked(x)
+    with pytest.raises(InputError, match=WRONG):
+        chunked.as_csr(x)
+
+
+def test_damage_in_a_file_is_not_followed(tmp_path: Path) -> None:
+    path = _stored(tmp_path / "a.h5ad", sparse.csr_matrix)
+    with h5py.File(path, "a") as file:
+        file["X/indices"][0] = GENES
+    backed = anndata.read_h5ad(path, "r")
+    with pytest.raises(InputError, match="X is damaged: indices must be <"):
+        list(chunked.chunked(backed.X))
+    backed.file.close()
+    with h5py.File(path, "a") as file:
+        file["X/indptr"][3] = file["X/indptr"][5] + 1
+    with pytest.raises(InputError, match="X is damaged: its indptr does not rise"):
+        chunked.chunked(anndata.read_h5ad(path, "r").X)
+    nothing = sparse.csr_matrix((3, 2))
+    nothing.indptr = np.array([0, 2, 0, 0], nothing.indptr.dtype)
+    with pytest.raises(InputError, match="non-decreasing"):
+        chunked.sound(nothing)
+
+
+def test_chunks_of_other_shapes_than_dask_says_are_refused() -> None:
+    array = pytest.importorskip("dask.array")
+    matrix = array.ones((6, 4), chunks=(3, 4)).map_blocks(lambda x: x[:2], chunks=((3, 3), (4,)))
+    with pytest.raises(InputError, match=r"a chunk came as \(2, 4\), where the array has \(3, 4\)"):
+        list(chunked.chunked(matrix))
+
+
+def test_lazy_columns_are_refused_before_they_are_read(tmp_path: Path) -> None:
+    lazy = _lazy(_stored(tmp_path / "a.h5ad", sparse.csc_matrix))
+    with pytest.raises(InputError, match=r"stored by genes \(CSC\)"):
+        chunked.chunked(lazy.X)
+    with pytest.raises(InputError, match=r"stored by genes \(CSC\)"):
+        cells.expression(lazy, "X", "counts")
+    parts = _dask(sparse.csc_matrix, 20).X  # of rows, which happen to be columns in memory
+    np.testing.assert_array_equal(sparse.vstack(list(chunked.chunked(parts))).toarray(), COUNTS)
+
+
+@pytest.mark.parametrize("columns", [20, GENES])
+def test_blocks_of_dense_arrays_are_whole_chunks_where_memory_allows(columns: int) -> None:
+    stored = zarr.array(COUNTS, chunks=(10, columns))
+    row, band = GENES * (4 + chunked.ENTRY), 10 * GENES * 4
+    for memory, cuts in (
+        (25 * row, [0, 20, 37]),
+        (19 * row, [0, 10, 20, 30, 37]),
+        (band + 4 * row, [0, 4, 8, 10, 14, 18, 20, 24, 28, 30, 34, 37]),
+        (band + row, [*range(38)]),
+    ):
+        found = chunked.chunked(stored, memory_bytes=memory)
+        assert found.cuts.tolist() == cuts
+        assert found.block_bytes <= memory
+        np.testing.assert_array_equal(sparse.vstack(list(found)).toarray(), COUNTS)
+    with pytest.raises(InputError, match="X is stored in chunks of 10 rows, of which all columns"):
+        chunked.chunked(stored, memory_bytes=band + row - 1)
+    with pytest.raises(InputError, match="a row of X takes up to"):
+        chunked.chunked(COUNTS, memory_bytes=row - 1)
+
+
 def test_what_memory_cannot_hold_is_refused_before_any_work(tmp_path: Path) -> None:
     backed = WAYS["backed csr"](tmp_path)
     with pytest.raises(InputError, match="a row of X takes up to"):
@@ -304,8 +512,9 @@ def test_what_memory_cannot_hold_is_refused_before_any_work(tmp_path: Path) -> N
             chunked.chunked(backed.X), HIGH, ACTIVE.toarray() == 0, DONORS, scale="counts",
             memory_bytes=1000,
         )  # fmt: skip
-    with pytest.raises(InputError, match="reads as a whole"):
-        cells.parts(backed[:5], "X", "counts")
+    for read in (cells.parts, cells.expression):
+        with pytest.raises(InputError, match="reads as a whole"):
+            read(backed[:5], "X", "counts")
     with pytest.raises(InputError, match=r"stored by genes \(CSC\)"):
         chunked.chunked(anndata.read_h5ad(_stored(tmp_path / "b.h5ad", sparse.csc_matrix), "r").X)
     with pytest.raises(InputError, match="holds <U1"):

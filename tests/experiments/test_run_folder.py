@@ -130,6 +130,18 @@ def test_maps_of_the_input_are_those_of_the_same_cells(tmp_path: Path) -> None:
     assert run_folder.input_maps(tmp_path / "cells.h5ad", pd.Index(["d"])) == {}
 
 
+def test_maps_are_read_without_anything_else(tmp_path: Path) -> None:
+    obsm = {"X_m": np.ones((4, 2)), "wide": np.ones((4, 3)), "pairs": sparse.csr_matrix((4, 2))}
+    adata = anndata.AnnData(np.ones((4, 3)), layers={"x": np.ones((4, 3))}, obsm=obsm)
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    with h5py.File(tmp_path / "cells.h5ad", "a") as file:
+        for name in ("layers/x", "obsm/wide"):  # nobody can decode them
+            file[name].attrs["encoding-type"] = "of tomorrow"
+    found = run_folder.input_maps(tmp_path / "cells.h5ad", adata.obs_names)
+    np.testing.assert_array_equal(found.pop("X_m"), np.ones((4, 2)))
+    assert found == {}
+
+
 def test_maps_of_a_file_of_the_first_anndata() -> None:
     """The cells of `make demo`, whose obsm is one table."""
     pytest.importorskip("scanpy")
