@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from flax import struct
@@ -67,7 +66,7 @@ def train(
     inputs = _inputs(rows, normalizer, architecture, provenance, mesh)
     validation = held_out.get("validation")
     if validation is not None:
-        validation = models.normalize(jnp.asarray(validation), normalizer)
+        validation = models.normalize(jax.device_put(validation), normalizer)
         validation = ensemble.replicate(validation, mesh)
     epochs = provenance["epochs"]
     hyper = ensemble.stack_hyperparams(configs, mesh, inputs.dtype, epochs * batches)
@@ -145,7 +144,7 @@ def _inputs(
 ) -> jax.Array | Stream:
     """Normalised, on the devices if they were read into memory, else as a stream."""
     if not isinstance(rows, Rows):
-        return ensemble.replicate(models.normalize(jnp.asarray(rows), normalizer), mesh)
+        return ensemble.replicate(models.normalize(jax.device_put(rows), normalizer), mesh)
     size = buffer_rows(rows, provenance["resident_bytes"], architecture)
     plan = streaming.Plan(
         rows=len(rows),

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -56,7 +55,7 @@ class Stream:
         skip = batch // self.buffer_steps
 
         def put(rows: np.ndarray) -> jax.Array:
-            normal = models.normalize(jnp.asarray(rows), self.normalizer)
+            normal = models.normalize(jax.device_put(rows), self.normalizer)
             return normal if self.mesh is None else ensemble.replicate(normal, self.mesh)
 
         if not isinstance(self.rows, Together):

@@ -25,7 +25,7 @@ from sae_jax.streaming import Rows
 
 BATCH = 1024
 PIECE = 64  # batches on the device at a time,
-PIECE_BYTES = 2**28  # or fewer, of rows so wide
+PIECE_BYTES = 2**26  # or fewer, of rows so wide
 ALIVE = 0.01  # share of the rows that a latent must fire in to be alive (Kendiukhov, table 2)
 
 
