@@ -27,7 +27,7 @@ PROGRAMS = {
     "concepts": "cells and a model in; concepts, their genes, terms, stability and use out",
     "sweep": "an embedding in; a dictionary per configuration, their metrics and frontier out",
     "merge": "the shards of a sweep in; one run out, or the commands of those that are missing",
-    "launch": "one of these as several processes, on one machine or many; who is lost is named",
+    "launch": "train or sweep as several processes, on one machine or many; who is lost is named",
     "verify": "folders that any of these left in; whether every byte is as it was, out",
     "browse": "folders of the lens or of concepts in; pages to explore them, or an expert study",
 }
@@ -99,6 +99,7 @@ def launch(
             sys.exit(2)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
+            _leave(130)
             sys.exit(130)
         except Exception as error:  # of a full disk each library makes another kind
             if (told := disk.message(error, _filled())) is None:

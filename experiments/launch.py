@@ -1,4 +1,4 @@
-r"""Several processes of one program, watched: the one that is lost or stuck is named.
+r"""Several processes of one training, watched: the one that is lost or stuck is named.
 
     sae-jax launch --processes=4 -- sweep --data=rows.npy --workdir=runs/sweep ...   (one machine)
     srun sae-jax launch -- sweep --data=rows.npy --workdir=runs/sweep ...            (several)
@@ -14,8 +14,8 @@ and its signal if it was killed. SIGTERM and Ctrl-C make all processes agree on 
 it and end (143); a second Ctrl-C kills them. In every case the same command goes on from there.
 
 Launchers on several machines find what happened elsewhere in --registry, a folder on a file system
-that they share; it is removed when all has ended well. docs/multihost.md has a script for each
-shape of job.
+that they share; what is there of a run is removed when all has ended well. docs/multihost.md has a
+script for each shape of job.
 """
 
 import os
@@ -27,13 +27,15 @@ from pathlib import Path
 from absl import flags
 
 from experiments import cli, supervisor
+from experiments.child import Command
 from experiments.registry import Registry, this_run
-from experiments.supervisor import Command
 from sae_jax import InputError, files
 
 FLAGS = flags.FLAGS
 
 ARGUMENTS = "-- PROGRAM --its_flags"
+# Those with --multihost. Only they give signs of life, without which one would be taken for stuck.
+PROGRAMS = ("train", "sweep")
 # By scheduler: how many processes, which of them this is, how many on this machine. Slurm's are
 # those of a step (srun): the script itself is no process of the job.
 PLACES = (
@@ -57,8 +59,12 @@ def define_flags() -> None:
 
 def main(arguments: list[str]) -> None:
     """Runs the program by its flags."""
-    if not arguments or arguments[0] not in cli.PROGRAMS or arguments[0] == "launch":
-        raise InputError("give the command: sae-jax launch --processes=4 -- sweep --data=...")
+    if not arguments or arguments[0] not in PROGRAMS:
+        given = f", not {arguments[0]}" if arguments else ""
+        raise InputError(
+            f"give the command, of {' or '.join(PROGRAMS)}{given} (no other trains as several "
+            "processes): sae-jax launch --processes=4 -- sweep --data=..."
+        )
     number, processes = place()
     if FLAGS.processes > 1 and processes > 1:
         raise InputError(

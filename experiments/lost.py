@@ -12,7 +12,9 @@ from collections.abc import Collection
 from sae_jax import pulse
 
 TOGETHER = 1.0  # seconds within which the order of two ends says little
-SILENT = 15.0  # seconds without a sign of life that explain JAX's abort of another, after 20
+# Seconds without a sign of life that explain JAX's abort of another, which comes after 10 (of the
+# first process, whose answer to a heartbeat it awaits so long) to 20 (the heartbeat's own).
+UNANSWERED = 9.0
 REFUSED = 2  # exit status of a program whose input is refused
 AGAIN = "the same command goes on from the last checkpoint"
 STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT)  # ... that was asked to end, and did
@@ -25,7 +27,8 @@ class Process:
     number: from 0, of `processes`. phase, count: of its last beat (`sae_jax.pulse`), `idle` seconds
     ago. status: None while it runs, then its exit status, or minus the signal that ended it.
     ended: seconds, when it did, by any clock that all share. sent: signals that it was given by who
-    started it. note: why this is no good end, where that is known otherwise than by the status.
+    started it. stopped: whether it is, by SIGSTOP say. note: why this is no good end, where that is
+    known otherwise than by the status.
     """
 
     number: int
@@ -38,6 +41,7 @@ class Process:
     status: int | None = None
     ended: float = 0.0
     sent: tuple[int, ...] = ()
+    stopped: bool = False
     note: str = ""
 
     @property
@@ -50,8 +54,8 @@ class Process:
 
     @property
     def waits(self) -> bool:
-        """Whether it waits for others, as far as is known."""
-        return self.phase.startswith(pulse.WAITING)
+        """Whether it waits for others, and would go on with them, as far as is known."""
+        return self.phase.startswith(pulse.WAITING) and not self.stopped
 
     @property
     def from_outside(self) -> bool:
@@ -66,8 +70,8 @@ class Process:
 def first_lost(processes: Collection[Process]) -> Process | None:
     """The one whose end is not the consequence of another's; None if none is lost.
 
-    JAX aborts those who wait for one that is alive and does not answer (stopped, its machine hung
-    or cut off): then it is this one, and gets a note of it.
+    JAX aborts those who need one that is alive and does not answer (stopped, its machine hung or
+    cut off): then it is this one, and gets a note of it.
     """
     lost = [process for process in processes if process.lost]
     if not lost:
@@ -75,11 +79,18 @@ def first_lost(processes: Collection[Process]) -> Process | None:
     earliest = min(process.ended for process in lost)
     together = [process for process in lost if process.ended <= earliest + TOGETHER]
     found = min(together, key=lambda p: (not p.from_outside, p.ended, p.number))
-    if found.status == -signal.SIGABRT and found.waits and not found.note:
-        silent = [p for p in processes if p.status is None and not p.waits and p.idle > SILENT]
+    if found.status == -signal.SIGABRT and not found.note:
+        silent = [
+            process for process in processes
+            if process.status is None
+            and (process.stopped or found.waits)
+            and not process.waits
+            and process.idle > UNANSWERED
+        ]  # fmt: skip
         if silent:
-            longest = max(silent, key=lambda process: process.idle)
-            return dataclasses.replace(longest, note="it did not answer the others")
+            longest = max(silent, key=lambda process: (process.stopped, process.idle))
+            how = "stopped (SIGSTOP?), " * longest.stopped
+            return dataclasses.replace(longest, note=f"{how}it did not answer the others")
     return found
 
 

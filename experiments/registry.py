@@ -1,13 +1,15 @@
 """What launchers on several machines tell each other: a folder on the file system that they share.
 
-<process>.json   one process: host, pid, its last beat, whether it runs, how it ended
+<run>/<process>.json   one process: host, pid, its last beat, whether it runs, how it ended
 
-Each launcher keeps the record of its own process and writes it anew every RENEWED seconds. Times
-are those of the file system, so machines need not agree on what time it is.
+Several runs may have the folder in common, as an array's have their --workdir. Each launcher keeps
+the record of its own process and writes it anew every RENEWED seconds. Times are those of the file
+system, so machines need not agree on what time it is.
 """
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -16,9 +18,10 @@ import time
 from collections.abc import Collection
 from pathlib import Path
 
-from experiments.lost import REFUSED, SILENT, Process
+from experiments.lost import REFUSED, Process
 
 RENEWED = 5.0  # seconds between two records of a process that runs
+SILENT = 15.0  # ... without one, after which it is not heard of: JAX ends the others after 20
 EARLIER = 60.0  # ... by which a record is older than our first if it is of an earlier run
 # What tells one start of a job from another; none of them where processes are started by hand.
 RUN = (
@@ -28,10 +31,11 @@ RUN = (
 
 
 class Registry:
-    """The folder, as one launcher sees it.
+    """One run's records, as one of its launchers sees them.
 
-    renewed: seconds between two records of a process that runs. silent: after how many one without
-    a new record is not heard of.
+    folder: in which runs have theirs. run: what tells this one from others. renewed: seconds
+    between two records of a process that runs. silent: after how many one without a new record is
+    not heard of.
 
     Raises:
       OSError: the folder cannot be made.
@@ -40,8 +44,7 @@ class Registry:
     def __init__(
         self, folder: Path, run: str, renewed: float = RENEWED, silent: float = SILENT
     ) -> None:
-        self.folder = folder
-        self.run = run
+        self.folder = folder / hashlib.sha256(run.encode()).hexdigest()[:16]
         self.renewed = renewed
         self.silent = silent
         self.patience = 2 * renewed  # for others to tell of an end
@@ -51,7 +54,10 @@ class Registry:
         self.failed = False
         self.read = -float("inf")  # when, by our clock
         self.found: list[Process] = []
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except FileNotFoundError:  # another run, that has ended, took the folder away meanwhile
+            self.folder.mkdir(parents=True, exist_ok=True)
 
     def exchange(self, ours: Collection[Process], look: bool, missing: bool) -> list[Process]:
         """Write our records where they are due, and tell of ours or, to `look`, of all processes.
@@ -81,7 +87,7 @@ class Registry:
         aside = self.folder / f".{process.number}.json"
         self.written = time.monotonic()
         try:
-            aside.write_text(json.dumps({"run": self.run} | dataclasses.asdict(process), indent=1))
+            aside.write_text(json.dumps(dataclasses.asdict(process), indent=1))
             aside.replace(path)
             self.now = path.stat().st_mtime
         except OSError as error:
@@ -106,7 +112,7 @@ class Registry:
         with path.open() as opened:  # a shared file system looks for what is new when one opens
             written = os.fstat(opened.fileno()).st_mtime
             record = json.load(opened)
-        if record.pop("run") != self.run or written < self.began - EARLIER:
+        if written < self.began - EARLIER:
             return None
         process = Process(**record | {"sent": tuple(record["sent"])})
         if process.status is not None:
@@ -121,13 +127,16 @@ class Registry:
         return process
 
     def leave(self) -> None:
-        """Remove the folder, if all have ended and it tells of none that was lost."""
+        """Remove the records, if all have ended and none of them was lost, and what held them if
+        no other run has any there."""
         found = self._read_all(missing=False)
         ended = [process for process in found if process.status is not None]
         well = not any(process.lost for process in ended)
         refused = all(process.status == REFUSED for process in ended)
         if ended and len(ended) == ended[0].processes and (well or refused):
             shutil.rmtree(self.folder, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                self.folder.parent.rmdir()
 
 
 def this_run() -> str:

@@ -9,43 +9,25 @@ One thread and no JAX: what it starts may hang in any way and it does not. What 
   run ends with it.
 - SIGTERM, SIGINT or SIGHUP is passed on to all as one SIGTERM, at which they agree on a checkpoint
   and end; a further SIGINT kills them.
-- If it dies itself, however, the kernel kills what it has started (Linux: PR_SET_PDEATHSIG, which
-  holds whatever their threads do).
+- If it dies itself, however that is, what it has started dies with it (see `child`).
 """
 
 import contextlib
-import ctypes
 import dataclasses
 import os
 import selectors
 import signal
-import socket
-import subprocess
-import tempfile
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Iterator, Sequence
 
 from experiments import lost
+from experiments.child import TICK, Child, Command
 from experiments.lost import Process
-from experiments.prefixed import Lines, Screen, Tail
+from experiments.prefixed import Screen
 from experiments.registry import Registry
-from sae_jax import pulse
 
-TICK = 0.2  # seconds between two looks at everything
 LOOK = 10.0  # seconds without a sign of life after which it is asked how the others are
 TAKEN = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-PR_SET_PDEATHSIG = 1
-
-
-@dataclasses.dataclass(frozen=True)
-class Command:
-    """What to start: its words, what to add to the environment, and the cores that are its own
-    (None: those of this process)."""
-
-    words: Sequence[str]
-    environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    cores: Collection[int] | None = None
 
 
 def launch(
@@ -80,75 +62,6 @@ def launch(
     return _Launch(commands, number, processes, grace_seconds, stall_seconds, registry).run()
 
 
-class _Child:
-    """A process, and what it writes."""
-
-    def __init__(self, command: Command, number: int, processes: int, screen: Screen) -> None:
-        self.about = Process(number, processes, socket.gethostname(), 0)
-        prefix = f"[{number}] " if processes > 1 else ""
-        self.lines = Lines(screen, prefix, bars=number == 0)
-        self.tail = Tail(screen, prefix)
-        # Full from the start, so that no full disk stops a beat; without a name, so that nothing
-        # is left. The child finds it under the same number.
-        self.pulse = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
-        self.pulse.write(pulse.record(0, self.about.phase))
-        handle = self.pulse.fileno()
-        self.beaten = time.monotonic()
-        self.silent: float | None = None  # when its stderr ended
-        self.popen = subprocess.Popen(
-            list(command.words),
-            env={**os.environ, **command.environment, pulse.VARIABLE: f"/dev/fd/{handle}"},
-            stdin=subprocess.DEVNULL,
-            stdout=None if number == 0 else subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            pass_fds=(handle,),
-            process_group=0,  # Ctrl-C is of the launcher alone
-            preexec_fn=_before(os.getpid(), command.cores),  # safe: we have no other thread
-        )
-        self.about = dataclasses.replace(self.about, pid=self.popen.pid)
-
-    def look(self) -> None:
-        """How far it is, and whether it has ended."""
-        if self.about.status is not None:
-            return
-        if (found := pulse.read(self.pulse.fileno())) is not None:
-            self.beaten = found.monotonic
-            self.about = dataclasses.replace(self.about, phase=found.phase, count=found.count)
-        now = time.monotonic()
-        status = self.popen.poll()
-        # Of two that end within a tick, the one whose stderr ended first.
-        ended = 0.0 if status is None else max(self.silent or now, now - 2 * TICK)
-        self.about = dataclasses.replace(
-            self.about, idle=max(0.0, now - self.beaten), status=status, ended=ended
-        )
-
-    def send(self, number: int) -> None:
-        """A signal, if it runs; SIGKILL to all that it has started, too."""
-        if self.about.status is not None or self.popen.poll() is not None:
-            return
-        self.about = dataclasses.replace(self.about, sent=(*self.about.sent, int(number)))
-        with contextlib.suppress(ProcessLookupError):
-            if number == signal.SIGKILL:
-                os.killpg(self.popen.pid, number)
-            else:
-                os.kill(self.popen.pid, number)
-
-
-def _before(parent: int, cores: Collection[int] | None) -> Any:
-    """What the child does before it becomes the command."""
-    prctl = getattr(ctypes.CDLL(None), "prctl", None)
-
-    def prepare() -> None:
-        if prctl is not None:
-            prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-            if os.getppid() != parent:  # it has died meanwhile
-                os._exit(1)
-        if cores is not None:
-            os.sched_setaffinity(0, cores)
-
-    return prepare
-
-
 class _Launch:
     """The loop, and where it stands."""
 
@@ -170,7 +83,8 @@ class _Launch:
         self.patience = 2 * TICK if registry is None else registry.patience
         self.screen = Screen()
         self.selector = selectors.DefaultSelector()
-        self.children: list[_Child] = []
+        self.children: list[Child] = []
+        self.stepped = time.monotonic()
         self.signals: list[int] = []  # that have come, and were not obeyed yet
         self.asked = False  # to end
         self.noticed: float | None = None  # when a loss was first seen
@@ -181,13 +95,10 @@ class _Launch:
         """To the end."""
         with self._taking_signals(), self._leaving_none():
             for place, command in enumerate(self.commands):
-                child = _Child(command, self.number + place, self.processes, self.screen)
+                child = Child(command, self.number + place, self.processes, self.screen)
                 self.children.append(child)
-                for stream, shown in (
-                    (child.popen.stderr, child.lines), (child.popen.stdout, child.tail)
-                ):  # fmt: skip
-                    if stream is not None:
-                        self.selector.register(stream, selectors.EVENT_READ, (child, shown))
+                for stream, shown in child.streams:
+                    self.selector.register(stream, selectors.EVENT_READ, (child, shown))
             while self._running() or (self.lost is None and self._any_lost()):
                 self._step()
             deadline = time.monotonic() + 1  # a process that a child has left may hold its pipes
@@ -210,7 +121,10 @@ class _Launch:
 
     def _step(self) -> None:
         self._read()
+        before, self.stepped = self.stepped, time.monotonic()
         for child in self.children:
+            if 0 < self.stall / 2 < self.stepped - before:  # we were stopped, and all, perhaps
+                child.forgive()
             child.look()
         self._obey()
         known = [child.about for child in self.children]
@@ -228,12 +142,9 @@ class _Launch:
         for key, _ in self.selector.select(TICK):
             child, shown = key.data
             data = os.read(key.fd, 65536)
-            shown.feed(data)
+            child.hear(shown, data)
             if not data:
                 self.selector.unregister(key.fileobj)
-                if shown is child.lines:
-                    child.lines.close()
-                    child.silent = time.monotonic()
 
     def _obey(self) -> None:
         while self.signals:
@@ -279,7 +190,7 @@ class _Launch:
         for child in ours:
             self._kill(child, note)
 
-    def _kill(self, child: _Child, note: str) -> None:
+    def _kill(self, child: Child, note: str) -> None:
         child.send(signal.SIGKILL)  # who is stuck or stopped obeys no other
         child.about = dataclasses.replace(child.about, note=note)
 
@@ -330,5 +241,4 @@ class _Launch:
         finally:
             self._send_all(signal.SIGKILL)
             for child in self.children:
-                child.popen.wait()
-                child.pulse.close()
+                child.close()

@@ -183,7 +183,7 @@ def _member(
         "train_loss": float(history.loss[-1]),
         **{name: value[i].item() if alive else np.nan for name, value in outcome.measured.items()},
     }
-    if not alive:
+    if not alive and distributed.is_first():
         logging.warning("diverged: %s", config)
     if not alive or i not in own:
         return Member(None, row, history)

@@ -271,6 +271,10 @@ def _train_programs(
                 _write(out, members, positions)
                 distributed.once(checkpoints.remove)
             if distributed.agree(preemption.asked).any():
+                logging.warning(
+                    "SIGTERM: stopped after program %d of %d; the same call goes on",
+                    number + 1, len(programs),
+                )  # fmt: skip
                 raise Preempted
     if failures and not members:
         raise failures[0]

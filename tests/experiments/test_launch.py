@@ -2,6 +2,7 @@
 
 import dataclasses
 import fcntl
+import importlib
 import json
 import os
 import re
@@ -18,8 +19,9 @@ from absl.testing import flagsaver
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments import launch, lost, supervisor
+from experiments import cli, launch, lost, supervisor
 from experiments.lost import Process
+from experiments.registry import Registry
 from sae_jax import InputError, pulse
 
 FAKE = Path(__file__).with_name("fake_process.py")
@@ -29,8 +31,9 @@ PATIENCE = 60  # seconds that a test waits for what must come at once
 DRIVER = """
 import json, sys
 from pathlib import Path
+from experiments.child import Command
 from experiments.registry import Registry
-from experiments.supervisor import Command, launch
+from experiments.supervisor import launch
 given = json.loads(sys.argv[1])
 folder = given.pop("folder", None)
 if folder is not None:
@@ -167,21 +170,37 @@ def test_a_second_interrupt_kills(start: Callable[..., subprocess.Popen], tmp_pa
     assert is_gone(tmp_path / "0")
 
 
-@pytest.mark.parametrize("stopped", ["sleep:99", f"signal:{signal.SIGSTOP}"])
+@pytest.mark.parametrize(
+    ("phase", "stopped"),
+    [("chunk 4", "sleep:99"), ("chunk 4", f"signal:{signal.SIGSTOP}"),
+     ("waiting", f"signal:{signal.SIGSTOP}")],
+)  # fmt: skip
 def test_one_without_progress_is_named_and_ended(
-    stopped: str, start: Callable[..., subprocess.Popen], tmp_path: Path
+    phase: str, stopped: str, start: Callable[..., subprocess.Popen], tmp_path: Path
 ) -> None:
     waits = ["beat:chunk 3", "beat:waiting", "sleep:99"]
-    stuck = ["deaf", "beat:chunk 3", stopped]
+    stuck = ["deaf", "beat:chunk 3", f"beat:{phase}", stopped]
     status, _, err = ended(start(waits, stuck, waits, stall_seconds=2))
     assert status == 128 + 9
-    assert re.search(r"no progress for 2 s of process 1 of 3 \(.*\), last seen at 'chunk 3'", err)
+    assert re.search(rf"progress for 2 s of process 1 of 3 \(.*\), last seen at '{phase}'", err)
     assert all(is_gone(tmp_path / str(number)) for number in range(3))
 
 
 def test_progress_is_let_be(start: Callable[..., subprocess.Popen]) -> None:
     moves = [word for i in range(10) for word in (f"beat:chunk {i}", "sleep:.5")]
     assert ended(start(moves, ["beat:waiting", "sleep:3.5"], stall_seconds=2.5))[0] == 0
+
+
+def test_what_passed_while_the_launcher_was_stopped_is_no_stall(
+    start: Callable[..., subprocess.Popen],
+) -> None:
+    """As all of a job is that Slurm suspends."""
+    launcher = start(["beat:chunk 1", "err:ready\\n", "sleep:4"], stall_seconds=3)
+    read_until(launcher, "ready")
+    launcher.send_signal(signal.SIGSTOP)
+    time.sleep(3.5)
+    launcher.send_signal(signal.SIGCONT)
+    assert ended(launcher)[0] == 0
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel does it, on Linux")
@@ -227,7 +246,8 @@ def test_launchers_name_what_was_lost_elsewhere(
         assert re.search(r"^process 1 of 2 \(.*\) was lost: killed by SIGKILL.*'saved'", err)
         assert "process 0" not in err
         assert status == 128 + 9
-    record = json.loads((tmp_path / "folder/1.json").read_text())
+    [path] = tmp_path.glob("folder/*/1.json")
+    record = json.loads(path.read_text())
     assert (record["status"], record["phase"]) == (-9, "saved")
 
 
@@ -245,7 +265,7 @@ def test_a_machine_that_is_gone_is_named(
         print("held", file=opened, flush=True)
         for launcher in (first, second):
             read_until(launcher, "ready")
-        while not (folder / "1.json").exists() or "chunk 7" not in (folder / "1.json").read_text():
+        while not any("chunk 7" in path.read_text() for path in folder.glob("*/1.json")):
             time.sleep(0.05)
         second.kill()
     status, _, err = ended(first)
@@ -277,13 +297,32 @@ def test_the_registry_is_removed_when_all_went_well(
     start: Callable[..., subprocess.Popen], tmp_path: Path
 ) -> None:
     folder = tmp_path / "folder"
-    folder.mkdir()
-    earlier = vars(Process(1, 2, "host", 1, status=-9)) | {"run": "another"}
-    (folder / "1.json").write_text(json.dumps(earlier))
-    (folder / "7.json").write_text("{damaged")
+    (Registry(folder, "a run").folder / "7.json").write_text("{damaged")
     for launcher in on_two_machines(start, folder, ["sleep:.5"], ["sleep:1"]):
         assert ended(launcher) == (0, "", "")
     assert not folder.exists()
+
+
+def test_runs_side_by_side_have_each_their_own_records(tmp_path: Path) -> None:
+    """As an array's, whose shards are runs on several machines each, into one folder."""
+    (one, other), (lost, waits) = (
+        [Registry(tmp_path / "folder", run, renewed=0) for _ in range(2)] for run in "ab"
+    )
+
+    def known(registry: Registry, number: int, status: int | None) -> list[Process]:
+        return registry.exchange([Process(number, 2, "host", 1, status=status)], True, False)
+
+    known(lost, 0, None)
+    known(one, 0, 0)
+    assert [found.status for found in known(other, 1, 0)] == [0, 0]
+    assert [found.status for found in known(waits, 1, None)] == [None, None]
+    for registry in (one, other):
+        registry.leave()
+    assert not one.folder.exists()
+    known(lost, 0, -9)
+    assert [found.status for found in known(waits, 1, 143)] == [-9, 143]
+    waits.leave()
+    assert len(list(waits.folder.glob("[01].json"))) == 2, "what was lost can be read"
 
 
 def process(number: int = 0, **known: object) -> Process:
@@ -334,6 +373,9 @@ def test_who_does_not_answer_is_lost_and_not_who_was_aborted_for_it() -> None:
     assert found is not None
     assert re.search("process 1 .* was lost: it did not answer", lost.told(found))
     assert lost.first_lost([waited, late]) == waited
+    late = process(1, phase="waiting", idle=10, stopped=True)  # the first, say, of which JAX
+    at_work = dataclasses.replace(waited, phase="chunk 2")  # expects an answer sooner
+    assert "lost: stopped (SIGSTOP?), it did not" in lost.told(lost.first_lost([at_work, late]))
     assert lost.first_lost([dataclasses.replace(waited, phase="chunk 2"), stopped]).number == 0
 
 
@@ -448,7 +490,7 @@ def test_a_place_that_slurm_gives(launched: Callable[..., dict], tmp_path: Path)
     assert (seen["number"], seen["processes"], command.cores) == (2, 4, None)
     assert command.words[-1] == "--multihost"
     assert command.environment == {"JAX_LOCAL_DEVICE_IDS": "0,1"}  # JAX would take the first alone
-    assert seen["registry"].folder == tmp_path / "new/.processes"
+    assert seen["registry"].folder.parent == tmp_path / "new/.processes"
     seen = launched(*asked, SLURM_STEP_NUM_NODES="2")
     assert seen["commands"][0].environment == {}  # they share a machine: as JAX has it
     with pytest.raises(InputError, match="leave it out"):
@@ -458,14 +500,25 @@ def test_a_place_that_slurm_gives(launched: Callable[..., dict], tmp_path: Path)
 
 
 def test_alone(launched: Callable[..., dict]) -> None:
-    seen = launched("merge", "--workdir=x")
-    assert seen["commands"][0].words[2:] == ["merge", "--workdir=x"]
+    seen = launched("train", "--workdir=x")
+    assert seen["commands"][0].words[2:] == ["train", "--workdir=x"]
     assert (seen["number"], seen["processes"], seen["registry"]) == (0, 1, None)
-    assert launched("--", "merge")["commands"][0].words[2:] == ["merge"]
-    with pytest.raises(InputError, match="give the command"):
-        launched("--", "launch")
-    with pytest.raises(InputError, match="give the command"):
-        launched()
+    assert launched("--", "sweep")["commands"][0].words[2:] == ["sweep"]
+    for words in (["--", "launch"], ["lens"], ["--", "--data=x"], []):
+        with pytest.raises(InputError, match="give the command, of train or sweep"):
+            launched(*words)
+
+
+def test_only_programs_for_several_processes_are_launched() -> None:
+    """Others give no signs of life, and would be ended as stuck."""
+    found = []
+    for name in cli.PROGRAMS:
+        program = importlib.import_module(f"experiments.{cli.MODULES.get(name, name)}")
+        with flagsaver.flagsaver():
+            program.define_flags()
+            found += [name] if "multihost" in flags.FLAGS else []
+        flags.FLAGS.set_gnu_getopt()
+    assert sorted(found) == sorted(launch.PROGRAMS)
 
 
 def test_the_launcher_loads_no_jax() -> None:

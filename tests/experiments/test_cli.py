@@ -1,0 +1,35 @@
+"""How every program ends: one line, a status, and of several processes without the others."""
+
+import subprocess
+import sys
+
+import pytest
+
+# Of a program that is one of several processes, as far as the console script can see.
+PROGRAM = """
+import sys, types
+from experiments import cli
+from sae_jax import InputError
+several = types.SimpleNamespace(leave=lambda *told: print("left", *told))
+sys.modules["sae_jax.distributed"] = several
+def program(arguments):
+    raise {error}
+cli.launch(program, lambda: None, ["program"], "ARGUMENTS")
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        ("KeyboardInterrupt", 130, "interrupted"),
+        ("InputError('no rows')", 2, "error: no rows"),
+        ("OSError(28, 'No space left on device', 'x')", 1, "error: "),
+        ("ZeroDivisionError", 1, "Traceback"),
+    ],
+)
+def test_who_ends_early_waits_for_nobody(error: str, status: int, said: str) -> None:
+    code = PROGRAM.format(error=error)
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.returncode == status
+    assert ended.stdout == f"left {status} {status == 1 and said == 'Traceback'}\n"
+    assert ended.stderr.startswith(said)
