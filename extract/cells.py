@@ -1,9 +1,10 @@
 """Expression of some cells out of an AnnData, in memory, on disk or lazy, and what it must be."""
 
 import dataclasses
+import logging
 import sys
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,6 @@ class Expression:
             with reading(self.where):
                 matrix.check_format()  # as of rows
             matrix = scipy.sparse.csr_matrix(_computable(matrix))
-        elif getattr(matrix, "format", None) == "csc":
-            matrix = matrix.to_memory().tocsr()  # rows of a column store cannot be read alone
         self._matrix: Any = matrix
         self._dask = _is_dask(matrix)
         self._chosen: np.ndarray | None = getattr(adata, "chosen", None)
@@ -68,6 +67,8 @@ class Expression:
         Raises:
           InputError: NaN, infinite or negative values.
         """
+        if _by_columns(self._matrix):
+            self._matrix, self._dask = _by_rows(self._matrix, self.where), False
         at = which if self._chosen is None else self._chosen[which]
         if isinstance(at, np.ndarray) and len(at) and np.all(np.diff(at) == 1):
             at = slice(int(at[0]), int(at[-1]) + 1)  # which files read faster
@@ -122,6 +123,28 @@ def _is_dask(matrix: Any) -> bool:
     """Whether it is a dask array, without importing dask."""
     array = sys.modules.get("dask.array")
     return array is not None and isinstance(matrix, array.Array)
+
+
+def _by_columns(matrix: Any) -> bool:
+    """Whether it lies in a file or in dask as columns (CSC), of which each holds all cells."""
+    of = matrix._meta if _is_dask(matrix) else matrix
+    return getattr(of, "format", None) == "csc"
+
+
+def _by_rows(matrix: Any, where: str) -> scipy.sparse.csr_matrix:
+    """All of what lies as columns: to read some cells of it is to read the whole."""
+    whole = f"{matrix.shape[0]} x {matrix.shape[1]}"
+    logging.warning(
+        "%s (%s) is stored by columns (CSC), of which no cells can be read alone: all of it is "
+        "read into memory. A file with it as CSR is read some cells at a time", where, whole,
+    )  # fmt: skip
+    with reading(where):
+        found = matrix.compute() if _is_dask(matrix) else matrix.to_memory()
+        found.check_format()  # SciPy would follow a wild index out of memory
+        found = scipy.sparse.csr_matrix(_computable(found))
+    size = sum(part.nbytes for part in (found.data, found.indices, found.indptr))
+    logging.warning("%s: %.3g MiB in memory, twice that for a moment", where, size / 2**20)
+    return found
 
 
 def _computable(matrix: Any) -> Any:
@@ -180,10 +203,10 @@ def open_backed(path: str, layer: str | None) -> anndata.AnnData:
         if node is None:
             raise InputError("it has no X; name the layer with the counts by --counts")
         kind = node.attrs.get("encoding-type", "array")
-        if kind == "csc_matrix":
-            matrix = anndata.io.read_elem(node)  # rows of a column store cannot be read alone
-        else:
-            matrix = anndata.io.sparse_dataset(node) if kind == "csr_matrix" else node
+        sparse = kind in ("csr_matrix", "csc_matrix")
+        matrix = anndata.io.sparse_dataset(node) if sparse else node
+        if _by_columns(matrix):
+            matrix = _by_rows(matrix, where)
         if matrix.shape != (len(obs), len(var)):
             raise InputError(
                 f"{where} is {matrix.shape}, for {len(obs)} rows of obs and {len(var)} of var"
@@ -224,6 +247,7 @@ class _Lazy:
 
     Attributes:
       chosen: the rows of the matrices that obs has, int64 [cells]; None: all of them.
+      whole: the AnnData that this is of, if it is of one.
     """
 
     obs: pd.DataFrame
@@ -232,6 +256,7 @@ class _Lazy:
     layers: Mapping[str, Any]
     raw: Any = None
     chosen: np.ndarray | None = None
+    whole: anndata.AnnData | None = None
 
     @property
     def obs_names(self) -> pd.Index:
@@ -259,11 +284,50 @@ def restrict(adata: anndata.AnnData, rows: np.ndarray) -> anndata.AnnData:
       rows: positions, int64 [cells], ascending: files read in no other order.
     """
     if getattr(adata, "isbacked", False) and not adata.is_view:  # of a view X would be read whole
-        adata = _Lazy(adata.obs, adata.var, adata.X, adata.layers, adata.raw)
+        adata = _Lazy(adata.obs, adata.var, adata.X, adata.layers, adata.raw, whole=adata)
     if not isinstance(adata, _Lazy):
         return adata[rows]
     chosen = rows if adata.chosen is None else adata.chosen[rows]
     return dataclasses.replace(adata, obs=adata.obs.iloc[rows], chosen=chosen)
+
+
+def loader(adata: anndata.AnnData) -> Callable[[slice | np.ndarray], anndata.AnnData]:
+    """A function of rows that gives these cells with all they have: an AnnData in memory.
+
+    Args:
+      adata: in memory, in a file, of dask arrays, or some cells of these by `restrict`.
+
+    Raises:
+      InputError: what anndata cannot give some cells of.
+    """
+    whole, chosen = (adata.whole, adata.chosen) if isinstance(adata, _Lazy) else (adata, None)
+    if whole is None:
+        raise InputError(
+            "this model reads an AnnData: open the file by anndata.read_h5ad(path, backed='r') or "
+            "anndata.experimental.read_lazy, not by open_backed"
+        )
+    if whole.isbacked and whole.is_view:
+        raise InputError(
+            "this is a part of an AnnData in a file, of which anndata gives no further parts: take "
+            "extract.cells.restrict(adata, rows) instead of adata[rows]"
+        )
+
+    def load(rows: slice | np.ndarray) -> anndata.AnnData:
+        some = whole[rows if chosen is None else chosen[rows]]
+        return _detached(some) if whole.isbacked else some.to_memory()
+
+    return load
+
+
+def _detached(some: anndata.AnnData) -> anndata.AnnData:
+    """A view of an AnnData in a file, in memory (its own `to_memory` closes the file)."""
+    aligned = ("obsm", "varm", "obsp", "varp", "layers")
+    raw = some.raw
+    return anndata.AnnData(
+        some.X, some.obs.copy(), some.var.copy(), dict(some.uns),
+        raw=None if raw is None else {"X": raw.X, "var": raw.var, "varm": dict(raw.varm)},
+        **{name: dict(getattr(some, name)) for name in aligned},
+    )  # fmt: skip
 
 
 def log1p_per_10k(block: scipy.sparse.csr_matrix, totals: np.ndarray) -> scipy.sparse.csr_matrix:
@@ -277,36 +341,3 @@ def log1p_per_10k(block: scipy.sparse.csr_matrix, totals: np.ndarray) -> scipy.s
 def totals_of(block: scipy.sparse.csr_matrix) -> np.ndarray:
     """Sums over all columns of each cell, float64 [cells]."""
     return np.asarray(block.sum(axis=1, dtype=np.float64)).ravel()
-
-
-def highly_variable(values: scipy.sparse.csr_matrix, n: int, flavor: str) -> np.ndarray:
-    """Ascending positions of exactly the n genes that vary most over `values` [cells, genes].
-
-    Args:
-      flavor: of `scanpy.pp.highly_variable_genes`: "seurat_v3" of raw counts, "seurat" of log1p
-        values. Equal genes go by position.
-
-    Raises:
-      InputError: a library that is missing, too few cells for the fit.
-    """
-    try:
-        import scanpy
-
-        found = scanpy.pp.highly_variable_genes(
-            anndata.AnnData(values.astype(np.float32)), n_top_genes=n, flavor=flavor, inplace=False
-        )
-    except ImportError:
-        raise InputError(
-            "hvg needs scanpy, and scikit-misc for hvg_flavor='seurat_v3': "
-            "pip install 'sae-jax[single-cell]'"
-        ) from None
-    except Exception as error:  # the local regression has errors of its own for too few values
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(
-            f"hvg: scanpy's {flavor} fails on these {values.shape[0]} cells x {values.shape[1]} "
-            f"genes ({reason}); take more cells, or name the genes by gene_list="
-        ) from None
-    # Its own mark has more genes than asked for where values tie.
-    column = {"seurat_v3": "variances_norm", "seurat": "dispersions_norm"}[flavor]
-    score = found[column].fillna(-np.inf).to_numpy()
-    return np.sort(np.argsort(-score, kind="stable")[:n])

@@ -24,7 +24,7 @@ from absl import app, flags, logging
 from tqdm import tqdm
 
 import extract
-from extract import InputError, cells, disk, provenance, store
+from extract import InputError, cells, disk, export, manifest, provenance, store
 from extract.models.base import Layer, Model, Plan, refuse_empty
 from extract.tokens import token_table
 
@@ -60,7 +60,9 @@ def define_flags() -> None:
     )
     flags.DEFINE_float("min_gene_coverage", 0.5, "Refuse below this share of genes found.", 0, 1)
     flags.DEFINE_enum("empty_cells", "refuse", ["refuse", "nan"], "Cells without a known gene.")
-    flags.DEFINE_enum("export", None, ["npy"], "Also plain arrays beside their names.")
+    flags.DEFINE_enum(
+        "export", None, ["npy"], "Also plain arrays beside their names; in a manifest.json."
+    )
     flags.DEFINE_bool("dry_run", False, "Say what it would do, and how long it would take.")
     flags.DEFINE_bool("overwrite", False, "Replace what --output holds of other extractions.")
 
@@ -82,6 +84,8 @@ def main() -> None:
         options["dictionaries"] = FLAGS.dictionaries
     if not FLAGS.dry_run:
         store.check_writable(Path(FLAGS.output))
+        if FLAGS.export:
+            manifest.entries(Path(FLAGS.output))  # it will be added to
     adata = cells.open_backed(FLAGS.h5ad, FLAGS.counts)
     adata = cells.restrict(adata, chosen_rows(adata.obs))
     model = extract.load_model(
@@ -97,11 +101,15 @@ def main() -> None:
         **preprocessing,
     )  # fmt: skip
     model.check(plan, pooling)
+    if FLAGS.export:
+        export.check_names(plan.names)
     if coverage := plan.settings.get("coverage"):
         logging.info("genes: %s", ", ".join(f"{k} {v}" for k, v in coverage.items()))
 
     rows, lengths, empty, tokens = survey(model, plan, pooling)
     refuse_empty(empty, plan.names, FLAGS.empty_cells)
+    if FLAGS.export and tokens is not None:
+        export.check_names(tokens["gene"].cat.categories)
     spread = np.percentile(lengths, [0, 50, 100]).astype(int)
     logging.info("%d cells; tokens a cell: %d .. %d, median %d", len(rows), *spread[[0, 2, 1]])
     try_one(model, plan, layers, pooling, empty)
@@ -127,7 +135,7 @@ def main() -> None:
         paths = [out / f"{name}.zarr" for name in names]
         if FLAGS.export:
             for path in paths:
-                store.export_npy(path)
+                export.export_npy(path)
     print(store.describe_files(paths))
     return None
 
@@ -192,13 +200,14 @@ def survey(
     """
     rows, lengths, empty, ids = [], [], [], []
     starts = range(0, len(plan.names), store.BLOCK_CELLS)
-    for start in tqdm(starts, desc="checking", unit=" blocks", leave=False):
-        inputs = plan.read(slice(start, start + store.BLOCK_CELLS))
-        rows.append(inputs.rows(pooling))
-        lengths.append(inputs.lengths)
-        empty.append(inputs.empty)
-        if pooling == "tokens":
-            ids.append(inputs.gene_ids().astype(np.int32))
+    with tqdm(starts, desc="checking", unit=" blocks", leave=False) as bar:  # gone before an error
+        for start in bar:
+            inputs = plan.read(slice(start, start + store.BLOCK_CELLS))
+            rows.append(inputs.rows(pooling))
+            lengths.append(inputs.lengths)
+            empty.append(inputs.empty)
+            if pooling == "tokens":
+                ids.append(inputs.gene_ids().astype(np.int32))
     counts, tokens = np.concatenate(rows), None
     if pooling == "tokens":
         tokens = token_table(plan.names, counts, np.concatenate(ids), model.gene_names)

@@ -2,19 +2,24 @@
 
 The manifest lies in the attributes of the root, where zarr lets nobody's files be. The root's
 zarr.json is in it too, by the hash of its text with zeros in the place of that hash.
+
+What lies beside stores (`export`) is in a manifest.json of the folder, as all our runs have one.
 """
 
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 import zarr
 
-from extract.errors import InputError, listed
+from extract import disk
+from extract.errors import InputError, listed, reading
 from extract.hashing import sha256
 
+NAME = "manifest.json"
 Level = Literal["size", "full"]
 _KEY = "extraction-manifest"
 _FORMAT = 2  # the first had neither a format nor zarr.json itself
@@ -73,15 +78,49 @@ def write(path: Path) -> None:
         each.relative_to(path).as_posix(): [each.stat().st_size, sha256(each)]
         for each in inside if each.is_file()
     }  # fmt: skip
-    root = zarr.open_group(path, mode="r+")
-    root.attrs[_KEY] = {"format": _FORMAT, "zarr.json": _ZEROS, "files": noted}
     file, fresh = path / "zarr.json", path / "zarr.json.partial"
-    blank = file.read_bytes()
-    digest = hashlib.sha256(blank).hexdigest()
-    fresh.write_bytes(blank.replace(json.dumps(_ZEROS).encode(), json.dumps(digest).encode()))
-    fresh.replace(file)
-    for each in (*inside, file, path):
-        sync(each)
+    with disk.named(file, len(json.dumps(noted))):
+        root = zarr.open_group(path, mode="r+")
+        root.attrs[_KEY] = {"format": _FORMAT, "zarr.json": _ZEROS, "files": noted}
+        blank = file.read_bytes()
+        digest = hashlib.sha256(blank).hexdigest()
+        fresh.write_bytes(blank.replace(json.dumps(_ZEROS).encode(), json.dumps(digest).encode()))
+        fresh.replace(file)
+        for each in (*inside, file, path):
+            sync(each)
+
+
+def entries(folder: Path) -> dict[str, Any]:
+    """The files that the manifest.json of a folder lists, if it has one.
+
+    Raises:
+      InputError: a damaged one.
+    """
+    path = folder / NAME
+    if not path.exists():
+        return {}
+    with reading(path, "is damaged (delete it, if it is not of a run in this folder)"):
+        found = json.loads(path.read_bytes())
+        if found["format"] != 1 or not isinstance(found["files"], dict):
+            raise ValueError("it is of another format")
+    return found["files"]
+
+
+def note(folder: Path, names: Iterable[str], aside: Path) -> None:
+    """Add files of a folder to its manifest.json, which is written in `aside` and then renamed.
+
+    Raises:
+      InputError: a damaged one. DiskError: the disk takes no more, is read-only or gone.
+    """
+    more = {name: [(folder / name).stat().st_size, sha256(folder / name)] for name in names}
+    listing = dict(sorted({**entries(folder), **more}.items()))
+    content = json.dumps({"format": 1, "files": listing}, indent=1) + "\n"
+    with disk.named(folder / NAME, len(content)):
+        fresh = aside / NAME
+        fresh.write_text(content)
+        sync(fresh)
+        fresh.rename(folder / NAME)
+        sync(folder)
 
 
 def sync(path: Path) -> None:

@@ -11,7 +11,6 @@ unnoticed, so there is a manifest of every file, written last. While it grows a 
 
 import contextlib
 import dataclasses
-import json
 import os
 import shutil
 import warnings
@@ -26,14 +25,16 @@ import zarr
 import zarr.codecs
 
 from extract import disk, lock, manifest
-from extract.errors import InputError, listed
+from extract.errors import InputError, listed, reading
 from extract.hashing import rows_hash
+from extract.progress import Progress
 from extract.provenance import differences
 
 DTYPES = ("float32", "bfloat16", "float16")
 _CHUNK_BYTES = 4 << 20
 BLOCK_BYTES = 512 << 20  # of output, all layers together: what is in memory at a time
 BLOCK_CELLS = 4096  # at most; their expression is in memory too
+EXPORTING = ".exporting"  # where `export` writes aside
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,79 +163,110 @@ class Writer:
     ) -> None:
         self.folder, self.aside = folder, folder / ".extracting"
         self.layers, self.dtype = layers, dtype
-        self._obs, self._extraction = obs, extraction
+        self._obs, self._extraction, self._width = obs, extraction, width
+        self._rows = np.ones(len(obs), np.int64) if rows is None else rows
         self._progress = self.aside / "progress.json"
-        rows = np.ones(len(obs), np.int64) if rows is None else rows
-        self._bounds = _bounds(rows, BLOCK_BYTES // (width * 4 * len(layers)))
+        self._chunk_rows, self._bounds = self._cut(len(layers))
         self.done: set[int] = set()
         goes_on = self._progress.is_file() and self._goes_on(overwrite)
         for name in self.layers:  # also those that an earlier command asked for
             finished(folder, name, extraction, overwrite=overwrite)
         if not goes_on:
-            shutil.rmtree(self.aside, ignore_errors=True)
-            self.aside.mkdir(parents=True)
-            for name, layer in layers.items():
-                self._create(name, width, {**extraction, "layer": layer})
-            for path in self.aside.rglob("*"):
-                if path.is_file():
-                    manifest.sync(path)
-            self._save_progress()
-        ends = np.concatenate([[0], np.cumsum(rows)])[self._bounds].tolist()
+            self._begin()
+        ends = np.concatenate([[0], np.cumsum(self._rows)])[self._bounds].tolist()
         self.blocks = [
             Block(i, slice(*self._bounds[i : i + 2]), slice(*ends[i : i + 2]))
             for i in range(len(ends) - 1)
         ]
-        with zarr.config.set({"array.write_empty_chunks": True}):  # of empty cells: all NaN
+        with (
+            zarr.config.set({"array.write_empty_chunks": True}),  # of empty cells: all NaN
+            reading(self.aside, "is damaged, give --overwrite"),
+        ):
             self._arrays = {
                 name: zarr.open_group(self.aside / f"{name}.zarr", mode="r+")["X"]
                 for name in self.layers
             }
-        self.done -= self._missing()
+        self._take_stock()
+
+    def _cut(self, n_layers: int) -> tuple[int, list[int]]:
+        """Rows of a chunk, and where blocks of cells begin and end.
+
+        Where cells have a row each, blocks are whole chunks: none is written to again once it is
+        remembered, so that losing power costs no block that was done.
+        """
+        itemsize = 2 if self.dtype == "float16" else 4
+        most = BLOCK_BYTES // (self._width * 4 * n_layers)
+        chunk = max(1, min(len(self._obs), _CHUNK_BYTES // (self._width * itemsize)))
+        if (self._rows == 1).all():
+            chunk = max(1, min(chunk, most, BLOCK_CELLS))
+            most = max(chunk, min(most, BLOCK_CELLS) // chunk * chunk)
+        return chunk, _bounds(self._rows, most)
 
     def _goes_on(self, overwrite: bool) -> bool:
         """Take up what is there, unless it is to be replaced."""
         try:
-            found = json.loads(self._progress.read_text())
-            there, layers, bounds, done = (
-                found[key] for key in ("extraction", "layers", "bounds", "done")
-            )
-        except (ValueError, KeyError, TypeError):
+            found = Progress.load(self._progress)
+        except InputError as error:
             if overwrite:
                 return False
-            raise InputError(f"{self._progress} is damaged: give --overwrite") from None
-        if there["identity"] != self._extraction["identity"]:
+            raise InputError(f"{error}; give --overwrite to begin anew") from None
+        if found.extraction.get("identity") != self._extraction["identity"]:
             if overwrite:
                 return False
             raise InputError(
                 f"{self.folder} holds an unfinished extraction of other settings "
-                f"({differences(there, self._extraction)}): finish it, give another --output, or "
-                "--overwrite"
+                f"({differences(found.extraction, self._extraction)}): finish it, give another "
+                "--output, or --overwrite"
+            )
+        chunk, bounds = self._cut(len(found.layers))
+        if bounds != found.bounds:
+            if overwrite:
+                return False
+            raise InputError(
+                f"{self.aside} was begun by another version, in other blocks: finish it with that, "
+                "or give --overwrite to begin anew"
             )
         # Killed in `finish`, some have been moved.
-        self.layers = {k: v for k, v in layers.items() if (self.aside / f"{k}.zarr").exists()}
-        self._bounds, self.done = bounds, set(done)
+        there = {k: v for k, v in found.layers.items() if (self.aside / f"{k}.zarr").exists()}
+        self.layers, self.done = there, set(found.done)
+        self._chunk_rows, self._bounds = chunk, bounds
         for partial in self.aside.rglob("*.partial"):  # of zarr, killed while it wrote
             partial.unlink()
         return True
 
-    def _create(self, name: str, width: int, extraction: dict[str, Any]) -> None:
+    def _begin(self) -> None:
+        """Stores without values, on the disk, and the list of no block; or nothing at all."""
+        shutil.rmtree(self.aside, ignore_errors=True)
+        size = len(self._obs) * self._width * (2 if self.dtype == "float16" else 4)
+        try:
+            for name, layer in self.layers.items():
+                with disk.named(self.folder / f"{name}.zarr", size):
+                    self._create(name, {**self._extraction, "layer": layer})
+                    root = self.aside / f"{name}.zarr"
+                    for path in (*root.rglob("*"), root):
+                        manifest.sync(path)
+            self._save_progress()
+        except BaseException:
+            shutil.rmtree(self.aside, ignore_errors=True)
+            raise
+
+    def _create(self, name: str, extraction: dict[str, Any]) -> None:
         root = zarr.open_group(self.aside / f"{name}.zarr", mode="w", zarr_format=3)
         root.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
         kind = np.dtype("float16" if self.dtype == "float16" else "float32")
-        rows = max(1, min(len(self._obs), _CHUNK_BYTES // (width * kind.itemsize)))
         shuffle = zarr.codecs.BloscCodec(
             cname="zstd", clevel=1, shuffle="shuffle", typesize=kind.itemsize
         )
         x = root.create_array(
             "X",
-            shape=(len(self._obs), width),
-            chunks=(rows, width),
+            shape=(len(self._obs), self._width),
+            chunks=(self._chunk_rows, self._width),
             dtype=kind,
             fill_value=np.nan,  # never zeros, which could be taken for values
             compressors=[shuffle, zarr.codecs.Crc32cCodec()],
         )
         x.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
-        var = pd.DataFrame(index=[f"d{i}" for i in range(width)])
+        var = pd.DataFrame(index=[f"d{i}" for i in range(self._width)])
         parts = {"obs": self._obs, "var": var, "uns": {"extraction": extraction}}
         parts |= {key: {} for key in ("layers", "obsm", "varm", "obsp", "varp")}
         checked = {"compressors": [zarr.codecs.ZstdCodec(), zarr.codecs.Crc32cCodec()]}
@@ -280,6 +312,15 @@ class Writer:
         step = self._arrays[name].chunks[0]
         return range(rows.start // step, -(-rows.stop // step))
 
+    def _take_stock(self) -> None:
+        """Blocks of which a chunk is gone are to be done again. A damaged chunk that one of these
+        would go on with is deleted: what other blocks had in it is gone, too."""
+        self.done -= self._missing()
+        while damaged := self._damaged():
+            for file in damaged:
+                file.unlink()
+            self.done -= self._missing()
+
     def _missing(self) -> set[int]:
         """Blocks of which a chunk is not there."""
         missing = set()
@@ -293,20 +334,30 @@ class Writer:
             }
         return missing
 
+    def _damaged(self) -> list[Path]:
+        """Chunks with rows of blocks that are to be done which are there and cannot be read."""
+        todo = [block.rows for block in self.blocks if block.number not in self.done]
+        return [
+            self._chunk(name, number)
+            for name in self._arrays
+            for number in sorted({n for rows in todo for n in self._chunks(name, rows)})
+            if self._chunk(name, number).is_file() and not self._readable(name, number)
+        ]
+
+    def _readable(self, name: str, number: int) -> bool:
+        array = self._arrays[name]
+        begin = number * array.chunks[0]
+        try:
+            with reading(self._chunk(name, number)):  # codecs have exceptions of their own
+                array[begin : begin + array.chunks[0]]
+        except InputError:
+            return False
+        return True
+
     def _save_progress(self) -> None:
-        fresh = self._progress.with_suffix(".new")
-        progress = {
-            "extraction": self._extraction,
-            "layers": self.layers,
-            "bounds": self._bounds,
-            "done": sorted(self.done),
-        }
-        with fresh.open("w") as file:
-            file.write(json.dumps(progress))
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.replace(self._progress)
-        manifest.sync(self.aside)
+        Progress(self._extraction, self.layers, self._bounds, sorted(self.done)).save(
+            self._progress
+        )
 
     def finish(self) -> list[Path]:
         """Put the stores in their place, each with its manifest.
@@ -323,7 +374,8 @@ class Writer:
             )
         for name in self.layers:
             path, target = self.aside / f"{name}.zarr", self.folder / f"{name}.zarr"
-            manifest.write(path)
+            with disk.named(target):
+                manifest.write(path)
             if target.exists():  # to be overwritten, or `finished` had refused it
                 target.rename(self.aside / f"{name}.replaced")
             path.rename(target)
@@ -403,37 +455,16 @@ def locked(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{folder} cannot be written to ({error.strerror})") from None
-    with lock.held(folder):
+    with contextlib.ExitStack() as stack:
+        with disk.named(folder / lock.NAME):
+            stack.enter_context(lock.held(folder))
         aside = folder / ".extracting"
         if aside.is_dir() and not (
             (aside / "progress.json").is_file() and any(aside.glob("*.zarr"))
         ):
             shutil.rmtree(aside)  # killed when it had just begun, or was done but for this
+        shutil.rmtree(folder / EXPORTING, ignore_errors=True)
         yield
-
-
-def export_npy(path: Path) -> list[Path]:
-    """NAME.npy beside NAME.names.txt, one name a line (of tokens: cell, tab, gene)."""
-    store = open(path)
-    targets = [path.with_suffix(".npy"), path.with_suffix(".names.txt")]
-    aside = [target.with_name(f"{target.name}.writing") for target in targets]
-    with aside[0].open("wb") as out, aside[1].open("w") as names:
-        header = np.lib.format.header_data_from_array_1_0(np.empty((0, 0), store.X.dtype))
-        np.lib.format.write_array_header_1_0(out, header | {"shape": store.shape})
-        for start in range(0, store.shape[0], store.X.chunks[0]):
-            rows = slice(start, start + store.X.chunks[0])
-            out.write(np.ascontiguousarray(store.X[rows]).tobytes())
-            obs = store.obs.iloc[rows]
-            lines = obs.index
-            if store.extraction["pooling"] == "tokens":
-                lines = obs["cell"].astype(str) + "\t" + obs["gene"].astype(str)
-            names.writelines(f"{line}\n" for line in lines)
-    for written in aside:
-        manifest.sync(written)
-    for written, target in zip(aside, targets, strict=True):
-        written.replace(target)
-    manifest.sync(path.parent)
-    return targets
 
 
 def layer_name(layer: int | str) -> str:

@@ -16,7 +16,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 CLOSED = (errno.EROFS, errno.EACCES, errno.EPERM)
 GONE = (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ENXIO)
 _ADVICE = {FULL: "Make room", CLOSED: "Allow writing there", GONE: "See that this disk is there"}
-_NUMBER = re.compile(r"\b(?:[Ee]rrno:? ?=? ?|code: |os error )(\d+)\b")
+_NUMBER = re.compile(r"\b(?:[Ee]rrno:? ?=? ?|Os \{ code: |os error )(\d+)\b")
 _TEXTS = {os.strerror(number): number for number in (*FULL, errno.EROFS, errno.EIO, errno.ESTALE)}
 _OF_NUMPY = re.compile(r"\d+ requested and \d+ written")
 _OF_SQLITE = {13: errno.ENOSPC, 10: errno.EIO, 8: errno.EROFS, 14: errno.EIO}  # primary codes
@@ -45,7 +45,7 @@ class DiskError(OSError):
 
 
 @contextlib.contextmanager
-def named(path: Path, wanted: int) -> Iterator[None]:
+def named(path: Path, wanted: int | None = None) -> Iterator[None]:
     """What a disk refuses of the body is told as of this path, to which so many bytes are written.
 
     Raises:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 
 ASIDE = ".writing-"  # begins the name of what is not finished
+_REPLACED = f"{ASIDE}replaced"  # beside a new folder, the old one while it makes way
 _TRIAL = 64 << 10  # bytes
 _pinned: dict[Path, tuple[int, int]] = {}
 
@@ -46,13 +47,12 @@ def write_aside(path: str | os.PathLike[str]) -> Iterator[Path]:
             sync(each)
         _check_pinned(path)
         if path.is_dir():  # a folder cannot be replaced in one call: move the old one out first
-            path.rename(aside / "replaced")
-        try:
+            path.rename(aside / _REPLACED)
             fresh.rename(path)
-        except OSError:
-            if (aside / "replaced").exists():
-                (aside / "replaced").rename(path)
-            raise
+        else:  # by the last of all calls, so that a kill after it leaves nothing
+            whole = fresh.rename(_whole(aside))
+            shutil.rmtree(aside)
+            whole.rename(path)
         sync(path.parent)
     except (InputError, DiskError):
         raise
@@ -66,7 +66,7 @@ def write_aside(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise DiskError(number, path, written=written) from error
     finally:
         if aside is not None:
-            shutil.rmtree(aside, ignore_errors=True)
+            _clear(aside, path)
 
 
 def make_folder(path: Path) -> None:
@@ -126,13 +126,15 @@ def check_writable(path: Path) -> None:
 
 
 def remove_leftovers(*folders: str | os.PathLike[str]) -> None:
-    """Delete what `write_aside` had begun in folders when its process was killed.
+    """Delete what `write_aside` had begun in folders when its process was killed; a folder that was
+    to be replaced, and is not yet, goes back to its place.
 
     Only for folders of ours that no other process writes to.
     """
-    for folder in folders:
-        for leftover in Path(folder).glob(f"{ASIDE}*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+    for folder in map(Path, folders):
+        for leftover in folder.glob(f"{ASIDE}*"):
+            name = leftover.name.removeprefix(ASIDE).rpartition(".")[0]
+            _clear(leftover, folder / name)
 
 
 def remove(path: str | os.PathLike[str]) -> None:
@@ -181,9 +183,28 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def _whole(aside: Path) -> Path:
+    """Where what is written lies when it is whole, until it takes its place."""
+    return aside.with_name(f"{aside.name}.whole")
+
+
+def _clear(aside: Path, path: Path) -> None:
+    """Delete what is written aside, but for the only copy of what `path` held: that is put back."""
+    old = aside / _REPLACED
+    if os.path.lexists(old) and not os.path.lexists(path):
+        try:
+            old.rename(path)
+        except OSError:
+            return
+    for each in (aside, _whole(aside)):
+        shutil.rmtree(each, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            each.unlink()
+
+
 def _refused_now(aside: Path) -> int | None:
     """The number of the system's error if what is written aside cannot grow; None if it can."""
-    if not aside.is_dir():
+    if not (aside.is_dir() or _whole(aside).exists()):
         return errno.ENODEV  # it went away from under the writer
     written = [path for path in aside.rglob("*") if path.is_file()]
     largest = max(written, key=lambda path: path.stat().st_size, default=aside / "trial")

@@ -236,7 +236,8 @@ class Model(abc.ABC):
 
         Under pooling "tokens" the rows are gene tokens, cell after cell; `tokens` names them. Cells
         are read and run some thousands at a time, so those of an AnnData in a file, or of
-        `anndata.experimental.read_lazy`, need no more memory than their hidden states.
+        `anndata.experimental.read_lazy`, need no more memory than their hidden states and what is
+        made of one block; but a matrix that is stored by columns (CSC) is read whole.
 
         Args:
           layers: block outputs, 0 .. n_layers-1 or negative, "embedding", a list of these, "all";
@@ -257,20 +258,26 @@ class Model(abc.ABC):
         preprocessing["min_gene_coverage"] = min_gene_coverage
         plan = self.plan(adata, genes, counts, **preprocessing)
         self.check(plan, pooling)
-        starts = range(0, max(1, len(plan.names)), BLOCK_CELLS)
-        blocks = [slice(start, start + BLOCK_CELLS) for start in starts]
-        one = plan.read(blocks[0]) if len(blocks) == 1 else None
-        empty = [plan.read(rows).empty for rows in blocks] if one is None else [one.empty]
-        refuse_empty(np.concatenate(empty), plan.names, empty_cells)
-        parts = [
-            self.evaluate(
-                plan.read(rows) if one is None else one, layers, pooling, batch_size=batch_size
-            ).hidden
-            for rows in blocks
+        blocks = [
+            slice(start, start + BLOCK_CELLS) for start in range(0, len(plan.names), BLOCK_CELLS)
         ]
-        if len(parts) == 1:
-            return parts[0]
-        return {layer: np.concatenate([part[layer] for part in parts]) for layer in parts[0]}
+        if len(blocks) < 2:
+            inputs = plan.read(slice(None))
+            refuse_empty(inputs.empty, plan.names, empty_cells)
+            return self.evaluate(inputs, layers, pooling, batch_size=batch_size).hidden
+        empty, n_rows = [], []
+        for inputs in map(plan.read, blocks):
+            empty.append(inputs.empty)
+            n_rows.append(int(inputs.rows(pooling).sum()))
+        refuse_empty(np.concatenate(empty), plan.names, empty_cells)
+        hidden: dict[Layer, np.ndarray] = {}
+        for block, end in zip(blocks, np.cumsum(n_rows).tolist(), strict=True):
+            part = self.evaluate(plan.read(block), layers, pooling, batch_size=batch_size).hidden
+            for layer, rows in part.items():  # at once in their place: never are all there twice
+                if layer not in hidden:
+                    hidden[layer] = np.empty((sum(n_rows), *rows.shape[1:]), np.float32)
+                hidden[layer][end - len(rows) : end] = rows
+        return hidden
 
     def run(
         self,

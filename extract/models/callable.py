@@ -6,10 +6,9 @@ from typing import Any
 
 import anndata
 import numpy as np
-import pandas as pd
 import torch
 
-from extract.cells import Expression
+from extract.cells import Expression, loader
 from extract.errors import InputError, listed
 from extract.models.base import Edited, Layer, Model, Plan, device_of, only_known
 from extract.models.vectors import Vectors
@@ -26,8 +25,8 @@ class Callable(Model):
       module: called with what `inputs` returns, without gradients, in eval mode.
       hooks: names of submodules, as in `named_modules`, in the order in which they run. Each must
         give a tensor, or a tuple that begins with one.
-      inputs: an AnnData of some cells -> the tensor, or tuple of tensors, for `module`; each cell's
-        must depend on that cell alone.
+      inputs: an AnnData of some cells, in memory wherever they are -> the tensor, or tuple of
+        tensors, for `module`; each cell's must depend on that cell alone.
       genes: names of the genes, if there are any.
 
     Raises:
@@ -83,11 +82,10 @@ class Callable(Model):
     ) -> Plan:
         """Only names are checked: `inputs` says what genes and counts are."""
         only_known(preprocessing, (), self.name)
-        names = Expression(adata, counts).names
+        names, load = Expression(adata, counts).names, loader(adata)
 
         def read(rows: slice | np.ndarray) -> Vectors:
-            some = adata[rows]
-            made = self.inputs(some if isinstance(adata.obs, pd.DataFrame) else some.to_memory())
+            made = self.inputs(load(rows))
             tensors = made if isinstance(made, tuple) else (made,)
             if strange := [type(part).__name__ for part in tensors if not torch.is_tensor(part)]:
                 raise InputError(f"inputs must return tensors, not {listed(strange)}")

@@ -8,7 +8,7 @@ No positions, no final norm, LayerNorm eps 1e-5, pads masked as keys.
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from extract import cells, checkpoints
+from extract import cells, checkpoints, variable
 from extract.errors import InputError, listed
 from extract.genes import Alignment, align
 from extract.models import scgpt_tokens
@@ -293,16 +293,18 @@ class ScGPT(SequenceModel):
             return found
         if settings["hvg"] > len(found):
             raise InputError(f"hvg must be in 1 .. {len(found)} genes, not {settings['hvg']}")
+        flavor = settings["hvg_flavor"]
         wanted = "log1p" if settings["values"] == "given" else "counts"
-        blocks = []
-        for block in expression.all_rows():
-            cells.check_values(block, wanted, expression.where, "the choice of variable genes")
-            selected = alignment.select(block)[:, found]
-            if wanted == "counts" and settings["hvg_flavor"] == "seurat":
-                selected = cells.log1p_per_10k(selected, cells.totals_of(block))
-            blocks.append(selected)
-        values = scipy.sparse.vstack(blocks, format="csr")
-        return found[cells.highly_variable(values, settings["hvg"], settings["hvg_flavor"])]
+
+        def blocks() -> Iterator[scipy.sparse.csr_matrix]:
+            for block in expression.all_rows():
+                cells.check_values(block, wanted, expression.where, "the choice of variable genes")
+                selected = alignment.select(block)[:, found]
+                if wanted == "counts" and flavor == "seurat":
+                    selected = cells.log1p_per_10k(selected, cells.totals_of(block))
+                yield selected.astype(np.float32)
+
+        return found[variable.highly_variable(blocks, len(found), settings["hvg"], flavor)]
 
     def _sequences(
         self,

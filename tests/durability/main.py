@@ -40,6 +40,12 @@ from tests.durability.stages import OUT, STAGES, Stage  # noqa: E402
 FLAGS = flags.FlagValues()  # of its own: the commands define theirs in this process
 
 TOLD = {
+    "sampled": """## What was sampled
+Each stage is a small command (`tests/durability/stages.py`), not the work of a user. A kill can
+come at any moment, and these are samples of them: all calls before and after which what has its
+final place differs, and of those that write aside so many of each kind; of the states found there
+so many; so many processes killed there, and at random times, all drawn with this seed; disks with
+so much room, of what a run takes.""",
     "kills": """## Kills
 System calls that change the folder of a run that is let be, by kind; after how many of them the
 process was stopped (all before and after which what has its final place differs, and a sample of
@@ -53,6 +59,10 @@ touched after the manifest that lists it.""",
 The command on a tmpfs of 4 MB with so much room, what it said last, how many partial files stayed,
 and whether it went on once there was room.""",
 }
+ABOUT = """Written by `python -m tests.durability.main --table=docs/durability.md`, of the stages
+and with the flags that the first table names; it must show: identical in all lines, no violations,
+no partial files, and a single line that names the path. What lies on a disk that loses power is not
+tried: the order of fsyncs is shown, and whether the disk keeps to it is its own affair."""
 FILLED = (0, 0.1, 0.3, 0.6, 0.9)  # free room, of what a whole run takes
 
 
@@ -64,6 +74,7 @@ def define_flags() -> None:
     flags.DEFINE_integer(
         "most", 20, "Calls of a kind, of those that write aside; 0: all.", 0, **own
     )
+    flags.DEFINE_integer("states", 0, "Of those found to go on from, drawn; 0: all.", 0, **own)
     flags.DEFINE_integer("real", 5, "Processes of a stage killed by strace after a call.", 0, **own)
     flags.DEFINE_integer("random", 20, "Processes of a stage killed at random times.", 0, **own)
     flags.DEFINE_integer("jobs", 2, "Processes side by side.", 1, **own)
@@ -92,7 +103,7 @@ def main() -> None:
         stage.load()
         kills.prepare(stage, base)
         run = kills.unbroken(stage, base)
-        found: dict[str, list[dict[str, Any]]] = {}
+        found: dict[str, list[dict[str, Any]]] = {"sampled": [sampled(stage)]}
         if "kills" in FLAGS.checks:
             found["kills"] = [killed(stage, base, run, wrong)]
         if "order" in FLAGS.checks:
@@ -110,18 +121,33 @@ def main() -> None:
     sys.exit(bool(wrong))
 
 
+def sampled(stage: Stage) -> dict[str, Any]:
+    """A row of the table of what was asked of a stage: no run is of all there is."""
+    kills_asked = "kills" in FLAGS.checks
+    return {
+        "stage": stage.name, "checks": ", ".join(FLAGS.checks),
+        "calls of a kind": (FLAGS.most or "all") if kills_asked else "",
+        "states": (FLAGS.states or "all") if kills_asked else "",
+        "killed by strace": FLAGS.real if kills_asked else "",
+        "at random": FLAGS.random if kills_asked else "",
+        "seed": FLAGS.seed,
+        "of its room": ", ".join(map(str, FILLED)) if "full" in FLAGS.checks else "",
+    }  # fmt: skip
+
+
 def killed(stage: Stage, base: Path, run: kills.Unbroken, wrong: list[str]) -> dict[str, Any]:
     """A row of the first table."""
     began, chance = time.monotonic(), random.Random(FLAGS.seed)
     most = FLAGS.most or len(run.events)
     numbers = kills.points(run.events, base / "traced" / OUT, most, FLAGS.seed)
     frozen = kills.freeze(stage, base, numbers)
+    states = chance.sample(sorted(frozen), min(FLAGS.states or len(frozen), len(frozen)))
     some = chance.sample(numbers, min(FLAGS.real, len(numbers)))
     at = [chance.uniform(0, run.seconds) for _ in range(FLAGS.random)]
     expected = run.outcome
     tasks = {
         "frozen": [functools.partial(kills.resume, stage, copy, expected, told)
-                   for told, copy in frozen.values()],
+                   for told, copy in (frozen[number] for number in states)],
         "by strace": [functools.partial(kills.kill_after_event, stage, base, expected, number)
                       for number in some],
         "at random": [functools.partial(kills.kill_after_seconds, stage, base, expected, t, i)
@@ -134,8 +160,6 @@ def killed(stage: Stage, base: Path, run: kills.Unbroken, wrong: list[str]) -> d
     for name, group in tasks.items():
         own, results = results[: len(group)], results[len(group) :]
         row[name] = f"{sum(not each.wrong for each in own)} of {len(own)}"
-        if name != "frozen":
-            row[name] += f" ({sum(each.at is not None for each in own)} killed)"
         wrong += [f"{stage.name}, {name}, {each.at}: {each.wrong}" for each in own if each.wrong]
     row["empty folders left"] = sum(bool(each.husks) for each in every)
     return row | {"seconds a run": f"{run.seconds:.1f}", "seconds": round(time.monotonic() - began)}
@@ -183,7 +207,7 @@ def tables(folder: Path) -> str:
     """Markdown of all stages that were run in a folder, now or earlier."""
     stored = [folder / name / "rows.json" for name in STAGES]
     found = [json.loads(path.read_text()) for path in stored if path.exists()]
-    text = ["# Killed, out of room, out of power", "`python -m tests.durability.main --stage=all`"]
+    text = ["# Killed, out of room, out of power", ABOUT]
     for name, told in TOLD.items():
         rows = [row for each in found for row in each.get(name, [])]
         if rows:

@@ -17,6 +17,7 @@ from tests.durability.tracing import Event
 ASIDE = (
     ".writing-",
     ".extracting",
+    ".exporting",
     ".writable.",
     "checkpoints",
 )  # begin names of what is unfinished

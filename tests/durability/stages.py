@@ -32,7 +32,7 @@ TRAIN = [
 ]  # fmt: skip
 EXTRACT = [
     "--model=scgpt", "--checkpoint=inputs/model", "--h5ad=inputs/cells.h5ad", "--output=out",
-    "--layers=0,1", "--device=cpu",
+    "--layers=0,1", "--device=cpu", "--export=npy",
 ]  # fmt: skip
 SETS = ["--gene_sets=inputs/sets.gmt", "--min_size=5"]
 LENS = [
@@ -109,7 +109,7 @@ def train(again: bool) -> None:
 
 
 def extract(again: bool) -> None:
-    """Two layers of a scGPT."""
+    """Two layers of a scGPT, as plain arrays too."""
     from extract import main, store
 
     store.BLOCK_CELLS = BLOCK_CELLS

@@ -1,14 +1,16 @@
 """Modules of one's own: what is stored stays as it was, and what is misused is said."""
 
+from pathlib import Path
 from typing import Any
 
 import anndata
 import numpy as np
 import pytest
+import scipy.sparse
 import torch
 
 import extract
-from extract import InputError
+from extract import InputError, cells
 from tests.extract.small import CELLS, write_checkpoint
 
 
@@ -50,6 +52,51 @@ def test_what_follows_in_place_changes_nothing(pooling: str) -> None:
         found = model.run(CELLS, 0, edit, "all", pooling).hidden
         np.testing.assert_allclose(found[0], wanted, rtol=1e-5)
         np.testing.assert_allclose(found[1], words, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("way", ["backed", "dask", "lazy", "view"])
+def test_cells_wherever_they_are_come_in_memory(way: str, tmp_path: Path) -> None:
+    """`inputs` may do with them what it likes: they are an AnnData like any other."""
+    whole = CELLS.copy()
+    whole.obsm["map"] = np.arange(24.0).reshape(12, 2)
+    whole.layers["dense"], whole.raw = whole.X.toarray(), CELLS.copy()
+    seen: list[anndata.AnnData] = []
+
+    def inputs(some: anndata.AnnData) -> torch.Tensor:
+        seen.append(some.copy())
+        np.testing.assert_array_equal(some.X.toarray(), some.layers["dense"])
+        np.testing.assert_array_equal(some.raw.X.toarray(), some.layers["dense"])
+        values = some.to_df().to_numpy() + some.obsm["map"][:, :1]
+        return torch.as_tensor(values.astype(np.float32))
+
+    rows = np.array([1, 2, 7])
+    wanted = load(inputs=inputs).embed(whole[rows].copy(), 0)[0]
+    whole.write_h5ad(tmp_path / "a.h5ad")
+    if way == "dask":
+        array = pytest.importorskip("dask.array")
+        there, dense = whole, array.from_array(whole.X.toarray(), chunks=(5, 30))
+        there.X = dense.map_blocks(scipy.sparse.csr_matrix)
+    elif way == "lazy":
+        pytest.importorskip("xarray")
+        there = anndata.experimental.read_lazy(tmp_path / "a.h5ad")
+    else:
+        there = anndata.read_h5ad(tmp_path / "a.h5ad", backed=None if way == "view" else "r")
+    matrix = there.X
+    some = there[rows] if way == "view" else cells.restrict(there, rows)
+    np.testing.assert_array_equal(load(inputs=inputs).embed(some, 0)[0], wanted)
+    assert [list(each.obs_names) for each in seen] == [["cell1", "cell2", "cell7"]] * 2
+    if way == "backed":
+        load(inputs=inputs).embed(there, 0)
+        assert matrix[[3]].shape == (1, 30)  # the file is still open
+
+
+def test_cells_that_anndata_gives_no_parts_of(tmp_path: Path) -> None:
+    CELLS.write_h5ad(tmp_path / "a.h5ad")
+    part = anndata.read_h5ad(tmp_path / "a.h5ad", backed="r")[np.array([1, 3])]
+    with pytest.raises(InputError, match=r"take extract\.cells\.restrict\(adata, rows\) instead"):
+        load().embed(part)
+    with pytest.raises(InputError, match="this model reads an AnnData: open the file by anndata"):
+        load().embed(cells.open_backed(str(tmp_path / "a.h5ad"), None))
 
 
 @pytest.mark.parametrize(

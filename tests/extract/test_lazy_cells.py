@@ -1,5 +1,6 @@
 """Cells in a file, or in dask arrays, give the rows that cells in memory give, to the bit."""
 
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse
+import torch
 
 import extract
 from extract import InputError, cells, store
@@ -83,6 +85,48 @@ def test_rows_are_those_of_cells_in_memory(
 def test_matrices_of_other_kinds(way: str, form: Callable, model: ScGPT, tmp_path: Path) -> None:
     expected = model.embed(made(), 1)[1]
     np.testing.assert_array_equal(model.embed(WAYS[way](made(form), tmp_path), 1)[1], expected)
+
+
+@pytest.mark.parametrize("way", ["backed", "lazy", "file"])
+def test_columns_are_read_once_and_that_is_told(
+    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Some cells of a CSC matrix cannot be read without the others."""
+    wanted = made().X.toarray()
+    if way == "file":
+        made(scipy.sparse.csc_matrix).write_h5ad(tmp_path / "a.h5ad")
+        there = cells.open_backed(str(tmp_path / "a.h5ad"), None)
+    else:
+        there = WAYS[way](made(scipy.sparse.csc_matrix), tmp_path)
+    reads: list[str] = []
+    by_rows = cells._by_rows
+    monkeypatch.setattr(cells, "_by_rows", lambda *a: (reads.append(a[1]), by_rows(*a))[1])
+    expression = cells.Expression(there, None)
+    monkeypatch.setattr(cells, "_BLOCK", 7)
+    for _ in range(2):
+        blocks = [block.toarray() for block in expression.all_rows()]
+        np.testing.assert_array_equal(np.concatenate(blocks), wanted)
+    assert reads == ([] if way == "file" else ["X"])
+    assert "X (40 x 30) is stored by columns (CSC), of which no cells can be read" in caplog.text
+    assert " MiB in memory" in caplog.text
+
+
+def test_hidden_states_are_never_in_memory_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "BLOCK_CELLS", 64)
+    n, width = 1024, 512
+    module = torch.nn.Sequential(torch.nn.Linear(4, width))
+    adata = anndata.AnnData(np.ones((n, 4), np.float32))
+    adata.obs_names = [f"cell{i}" for i in range(n)]
+    reader = extract.load_model(
+        "callable", module, hooks=["0"], inputs=lambda some: torch.as_tensor(np.asarray(some.X))
+    )
+    reader.embed(adata[:128].copy())
+    tracemalloc.start()
+    found = reader.embed(adata)[0]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found.shape == (n, width)
+    assert found.nbytes < peak < 1.5 * found.nbytes
 
 
 def test_blocks_change_rows_by_rounding_alone(

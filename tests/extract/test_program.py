@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+import sae_jax.manifest
 from extract import InputError, main, store
 from extract.models.base import Model, Plan
 from extract.models.vectors import Vectors
@@ -30,6 +31,7 @@ def test_stores_of_all_layers(program: Program, checkpoint: Path) -> None:
         "embedding.zarr", "layer_00.zarr", "layer_01.zarr", "layer_02.zarr",
     }  # fmt: skip
     assert not (out / ".extracting").exists()
+    assert sae_jax.manifest.check(out, "full") == 2 * len(plain)
     for layer, states in plain.items():
         path = out / f"{store.layer_name(layer)}.zarr"
         found = store.open(path)
@@ -228,6 +230,10 @@ def rename(*names: str) -> Callable[[anndata.AnnData], None]:
     return change
 
 
+def tabbed(cells: anndata.AnnData) -> None:
+    cells.obs_names = ["a\tb", "c\nd", *cells.obs_names[2:]]
+
+
 def same_cells(cells: anndata.AnnData) -> None:
     cells.obs_names = ["cell1", *cells.obs_names[1:]]
 
@@ -241,6 +247,11 @@ def same_cells(cells: anndata.AnnData) -> None:
         (rename(*"abcdefgh"), {"min_gene_coverage": 0.8}, "min_gene_coverage=0.8"),
         (rename("G1"), {}, r"occur more than once \(G1\)"),
         (same_cells, {}, r"1 cell names occur more than once \(cell1\)"),
+        (
+            tabbed,
+            {"export": "npy"},
+            r"--export: 2 names \(a\\tb, c d\) hold a tab, the end",
+        ),
     ],
 )
 def test_cells_that_do_not_fit(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -144,16 +145,19 @@ def test_a_full_disk_loses_nothing(
 ) -> None:
     whole = program(output=tmp_path / "whole", pooling="tokens", layers="0,1")
     out = tmp_path / "out"
+    code = "from extract import main, store; store.BLOCK_CELLS = 3; main.cli()"
     argv = [
-        sys.executable, "-m", "extract.main", "--model=scgpt", f"--checkpoint={checkpoint}",
-        f"--h5ad={cells_file}", f"--output={out}", "--pooling=tokens", "--layers=0,1",
-        "--device=cpu",
+        "--model=scgpt", f"--checkpoint={checkpoint}", f"--h5ad={cells_file}", f"--output={out}",
+        "--pooling=tokens", "--layers=0,1", "--device=cpu",
     ]  # fmt: skip
     full = subprocess.run(
-        argv, capture_output=True, text=True,
+        [sys.executable, "-c", code, *argv], capture_output=True, text=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000)),
     )  # fmt: skip
     assert full.returncode == 1, full.stderr
+    assert re.search(
+        r"error: .*layer_0\d\.zarr.* cannot be written: .* bytes are wanted", full.stderr
+    )
     assert "Make room and give the same command again" in full.stderr
     assert "Traceback" not in full.stderr
     assert not list(out.glob("*.zarr"))

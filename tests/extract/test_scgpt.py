@@ -15,7 +15,7 @@ import scipy.sparse
 import torch
 
 import extract
-from extract import InputError, checkpoints
+from extract import InputError, checkpoints, variable
 from extract.models import scgpt_tokens
 from extract.models.scgpt import ScGPT
 from extract.models.sequences import Batch, Sequences, pool
@@ -410,6 +410,32 @@ def test_variable_genes_of_counts_are_scanpys(small: ScGPT, values: str) -> None
     assert other != wanted
     assert of_hvg(small, logged, hvg=11, values="given") == other
     assert of_hvg(small, cells, hvg=11, values=values, hvg_flavor="seurat") == other
+
+
+@pytest.mark.parametrize("flavor", ["seurat_v3", "seurat"])
+def test_scores_are_scanpys_however_cells_are_cut(
+    flavor: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit: of whole counts as they are, of log1p values where scanpy has one thread."""
+    scanpy = pytest.importorskip("scanpy")
+    pytest.importorskip("skmisc")
+    numba = pytest.importorskip("numba")
+    cells = some_cells(90, seed=3)
+    cells.X.data *= np.random.default_rng(0).integers(1, 6000, len(cells.X.data))  # squares round
+    cells.X.data[::41] *= 99  # and these are clipped, to what are no whole numbers
+    if flavor == "seurat":
+        scanpy.pp.normalize_total(cells, target_sum=1e4)
+        scanpy.pp.log1p(cells)
+    threads = numba.get_num_threads()
+    numba.set_num_threads(1)
+    theirs = scanpy.pp.highly_variable_genes(cells, n_top_genes=5, flavor=flavor, inplace=False)
+    numba.set_num_threads(threads)
+    wanted = theirs["variances_norm" if flavor == "seurat_v3" else "dispersions_norm"].to_numpy()
+    for size in (90, 1, 7):
+        found = getattr(variable, f"_{flavor}")(
+            lambda size=size: (cells.X[i : i + size] for i in range(0, 90, size)), 30
+        )
+        np.testing.assert_array_equal(found, wanted)
 
 
 @pytest.mark.filterwarnings("ignore:`n_top_genes` > number")

@@ -7,6 +7,7 @@ import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import anndata
 import numpy as np
@@ -36,7 +37,7 @@ from extract.models import multidgd, scvi
 from sae_jax import Dictionary, SAEConfig, data, interop, manifest
 from sae_jax import Run as TrainedRun
 from sae_jax.state import History, Normalizer, Params
-from sae_jax.workdir import Member, Workdir
+from sae_jax.workdir import Member, Stored, Workdir
 from tests.analysis.browser import study_cases
 from tests.extract import small, test_geneformer
 
@@ -122,7 +123,8 @@ def _loaded(folder: Path) -> Any:
 def _resume(folder: Path) -> Any:
     configs = [dictionary(seed).config.to_dict() for seed in range(2)]
     found = Workdir(folder, {"configs": configs, "epochs": 2, "data_seed": 0}).finished()
-    return [_read_dictionary(member.dictionary) for member in found.values()]
+    rows = [(member.row, member.history) for member in found.values()]
+    return [*map(_read_dictionary, Stored(folder, found)), rows]
 
 
 def _shards(folder: Path) -> None:
@@ -205,26 +207,49 @@ def _cells(folder: Path) -> Any:
     ]  # fmt: skip
 
 
-def _extraction(folder: Path) -> None:
-    """A finished store of ten rows, in five chunks."""
+def _annotations(name: str) -> Callable[[Path], Any]:
+    """All that analysis reads of a file of cells whose matrices stay there."""
+
+    def read(folder: Path) -> Any:
+        found = cells.annotations(folder / name)
+        return [found.obs, found.var, dict(found.obsm)]
+
+    return read
+
+
+def _writer(folder: Path) -> store.Writer:
+    """Of ten rows, in five chunks and three blocks."""
     obs = pd.DataFrame({"kind": list("abcdefghij")}, index=[f"c{i}" for i in range(10)])
     about = {"pooling": "cls", "empty_cells": [], "store_dtype": "float32", "layer": 0,
              "obs_names_sha256": hashing.rows_hash(obs, "cls")}  # fmt: skip
     about |= {"identity": provenance.identity(about)}
-    before, store._CHUNK_BYTES = store._CHUNK_BYTES, 2 * D * 4
-    try:
-        writer = store.Writer(folder, {"layer_00": 0}, obs, D, about, "float32")
-    finally:
-        store._CHUNK_BYTES = before
-    for block in writer.blocks:
-        writer.write(block.number, block.rows, {"layer_00": _random(10, D)[block.rows]})
-    writer.finish()
+    with mock.patch.multiple(store, _CHUNK_BYTES=2 * D * 4, BLOCK_CELLS=4):
+        return store.Writer(folder, {"layer_00": 0}, obs, D, about, "float32")
+
+
+def _fill(writer: store.Writer, blocks: int) -> store.Writer:
+    for block in writer.blocks[:blocks]:
+        if block.number not in writer.done:
+            writer.write(block.number, block.rows, {"layer_00": _random(10, D)[block.rows]})
+    return writer
+
+
+def _extraction(folder: Path) -> None:
+    """A finished store."""
+    _fill(_writer(folder), 3).finish()
+
+
+def _goes_on(folder: Path) -> Any:
+    """The same command after a kill."""
+    with store.locked(folder):
+        _fill(_writer(folder), 3).finish()
+    return _read_store(folder)
 
 
 def _read_store(folder: Path) -> Any:
     found = store.open(folder / "layer_00.zarr")
     found.verify()
-    return [found.X[:], found.obs, found.extraction]
+    return [found.X[:], found.obs, sorted(found.extraction.items())]  # folders have no order
 
 
 # --- models ---------------------------------------------------------------------------------------
@@ -514,6 +539,12 @@ READERS = (
     Reader("expression (.h5ad)", _h5ad, _expression("cells.h5ad"), ("cells.h5ad",), named=("X ",)),
     Reader("expression (.zarr)", _zarr, _expression("cells.zarr"), ("cells.zarr",), named=("X ",)),
     Reader("cells (.h5ad)", _h5ad, _cells, ("cells.h5ad",), named=("X ", "obsm", "obs ")),
+    Reader("annotations (.h5ad)", _h5ad, _annotations("cells.h5ad"), ("cells.h5ad",),
+           named=("obs", "var", "X_")),
+    Reader("annotations (.zarr)", _zarr, _annotations("cells.zarr"), ("cells.zarr",),
+           named=("obs", "var", "X_"), light=True),
+    Reader("an extraction that was killed", lambda f: _fill(_writer(f), 2), _goes_on,
+           (".extracting/progress.json",), checked=(".extracting/progress.json",)),
     Reader("extract.store", _extraction, _read_store, ("layer_00.zarr",),
            checked=("layer_00.zarr",)),
     Reader("scgpt", lambda f: small.write_checkpoint(f / "m"),
