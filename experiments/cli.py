@@ -94,6 +94,7 @@ def launch(
             else:
                 program(list(given[1:]))
         except (InputError, ExtractionError) as error:
+            _close_bars()
             print(f"error: {error}", file=sys.stderr)
             _leave(2)
             sys.exit(2)
@@ -105,11 +106,19 @@ def launch(
             if (told := disk.message(error, _filled())) is None:
                 _leave(1, trace=True)
                 raise
+            _close_bars()
             print(f"error: {told}", file=sys.stderr)
             _leave(1)
             sys.exit(1)
 
     app.run(run, argv=None if argv is None else list(argv), flags_parser=parse)
+
+
+def _close_bars() -> None:
+    """A message begins a line of its own, not that of a bar which an error left half drawn."""
+    if "tqdm" in sys.modules:
+        for bar in list(getattr(sys.modules["tqdm"].tqdm, "_instances", ())):
+            bar.close()
 
 
 def _leave(status: int, trace: bool = False) -> None:

@@ -28,6 +28,7 @@ from sae_jax import distributed, ensemble, pulse
 from sae_jax.errors import brief
 
 KEPT = 2  # of each bucket: the latest, and one to fall back on
+BESIDE = 2**18  # bytes that Orbax writes beside the arrays, at most
 
 
 class Preempted(SystemExit):
@@ -60,6 +61,10 @@ class Preemption:
 
     def _note(self, *_: Any) -> None:
         self.asked = True
+
+
+class _NoRoomError(Exception):
+    """The disk has no room for a checkpoint, as all processes know."""
 
 
 class Checkpoints:
@@ -111,6 +116,7 @@ class Checkpoints:
             leaves=ocp.args.StandardSave(whole), about=ocp.args.JsonSave(about)
         )
         try:
+            self._check_room(sum(leaf.nbytes for leaf in leaves.values()))
             with self._manager() as manager:
                 manager.save(step, args=content, force=True)
                 manager.wait_until_finished()
@@ -119,7 +125,7 @@ class Checkpoints:
             logging.warning(
                 "no checkpoint could be written to %s: %.200s", self.folder, brief(error)
             )
-            if jax.process_count() > 1:
+            if jax.process_count() > 1 and not isinstance(error, _NoRoomError):
                 raise
         self.last = time.monotonic()
         if distributed.agree(self.preemption.asked).any():
@@ -130,6 +136,19 @@ class Checkpoints:
                 else f"{self.saved}, the last that could be written",
             )  # fmt: skip
             raise Preempted
+
+    def _check_room(self, size: int) -> None:
+        """Orbax does not end well on a disk that fills up.
+
+        size: bytes of this process.
+
+        Raises:
+          _NoRoomError: in every process.
+        """
+        there = next(folder for folder in (self.folder, *self.folder.parents) if folder.exists())
+        sizes, free = distributed.agree([size, shutil.disk_usage(there).free]).T
+        if free.min() < (wanted := int(sizes.sum()) + BESIDE):
+            raise _NoRoomError(f"{wanted:,} bytes are wanted and {free.min():,} are free")
 
     def latest(self, template: Any) -> tuple[int, Any] | None:
         """The newest that can be read, and its step; None if there is none.

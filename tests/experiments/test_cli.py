@@ -33,3 +33,11 @@ def test_who_ends_early_waits_for_nobody(error: str, status: int, said: str) -> 
     assert ended.returncode == status
     assert ended.stdout == f"left {status} {status == 1 and said == 'Traceback'}\n"
     assert ended.stderr.startswith(said)
+
+
+def test_a_message_begins_a_line_below_a_bar_that_was_left() -> None:
+    bar = "import tqdm; bar = tqdm.tqdm(total=9); bar.update(3)\n    raise {error}"
+    code = PROGRAM.replace("raise {error}", bar).format(error="InputError('no rows')")
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "3/9" in ended.stderr
+    assert ended.stderr.endswith("\nerror: no rows\n")

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import threading
@@ -392,3 +393,15 @@ def test_dictionaries_of_a_folder_are_read_when_asked_for(undisturbed: Run, tmp_
     shutil.rmtree(tmp_path / "run/dictionaries/0000")
     with pytest.raises(InputError, match="0000"):
         run.dictionaries[0]
+
+
+def test_a_disk_without_room_is_not_written_to(
+    undisturbed: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    room = shutil._ntuple_diskusage(10**6, 9 * 10**5, 10**5)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: room)
+    monkeypatch.setattr(Checkpoints, "_manager", None)
+    with caplog.at_level(logging.WARNING, "absl"):
+        assert_same(train(tmp_path / "run"), undisturbed)
+    assert re.search(r"no checkpoint .*0000: [\d,]+ bytes are wanted and 100,000 are", caplog.text)
