@@ -448,7 +448,7 @@ def figure(points: list[Point]) -> "Figure":
             for ticks in (panel.xaxis, panel.yaxis):
                 ticks.set_major_locator(LogLocator(numticks=6))
                 ticks.set_minor_locator(NullLocator())
-                ticks.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+                ticks.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     panels[0, 0].set_ylabel("CPU seconds")
     panels[1, 0].set_ylabel("memory added at the peak, MiB")
     return figure
