@@ -162,9 +162,10 @@ def test_sigterm_is_passed_on_once_and_waited_for(start: Callable[..., subproces
 def test_a_second_interrupt_kills(start: Callable[..., subprocess.Popen], tmp_path: Path) -> None:
     launcher = start(["deaf", "err:ready\\n", "sleep:99"])
     read_until(launcher, "ready")
-    for _ in range(2):
+    deadline = time.monotonic() + PATIENCE
+    while launcher.poll() is None and time.monotonic() < deadline:
         launcher.send_signal(signal.SIGINT)
-        time.sleep(0.5)  # two at once are one
+        time.sleep(0.5)  # two at once are one, on a busy machine also these
     status, _, err = ended(launcher)
     assert (status, err) == (128 + 9, "")
     assert is_gone(tmp_path / "0")
