@@ -11,6 +11,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (HERE / "sae_jax/__init__.py").read
 EXTRAS = {
     "single-cell": ["scanpy>=1.10", "scikit-misc>=0.5", "statsmodels>=0.14", "umap-learn>=0.5.6"],
     "extract": ["torch>=2.4", "transformers>=4.44"],
+    "concepts": ["torch>=2.4", "transformers>=4.44", "scvi-tools>=1.2"],
     "tensorboard": ["tensorboardX>=2.6"],
     "search": ["optuna>=4"],
     "out-of-core": ["dask[array,distributed]>=2025.9", "xarray>=2025.6"],

@@ -47,7 +47,14 @@ def main() -> None:
         print("usage: sae-jax PROGRAM [--flags]", *lines, sep="\n", file=sys.stderr)
         print("flags of a program: sae-jax PROGRAM --help", file=sys.stderr)
         sys.exit(0 if program in ("-h", "--help", "--helpfull") else 2)
-    module = importlib.import_module(f"experiments.{MODULES.get(program, program)}")
+    try:
+        module = importlib.import_module(f"experiments.{MODULES.get(program, program)}")
+    except ModuleNotFoundError as error:
+        print(
+            f"error: {program} needs {error.name}, of an optional extra (README, Install)",
+            file=sys.stderr,
+        )
+        sys.exit(2)
     sys.modules["__main__"].__doc__ = module.__doc__  # what --help prints
     arguments = getattr(module, "ARGUMENTS", None)
     launch(module.main, module.define_flags, [f"sae-jax {program}", *sys.argv[2:]], arguments)

@@ -114,10 +114,21 @@ def _claim(out: Path, settings: str, produced: Sequence[str], more: dict[str, An
         # What tells that the folder is ours goes last: a kill leaves one that can be overwritten.
         for name in [*KEPT, *(n for n in produced if n != settings), "tensorboard", settings]:
             files.remove(out / name)
-    manifest.remove(out)
+        manifest.remove(out)
+    elif (out / manifest.NAME).exists():  # it stays until training has accepted the folder
+        try:
+            manifest.check(out, "full")
+        except InputError as error:
+            raise InputError(f"{error}; --overwrite trains it anew") from None
     files.remove_leftovers(out / "figures")
     if not (out / "configs.json").exists():
         files.write_json(out / settings, given_flags() | (more or {}))
+
+
+def complete(out: Path, produced: Sequence[str]) -> bool:
+    """Whether an earlier call has left all of this, which `claim` has found to be as it was."""
+    tops = {name.partition("/")[0] for name in manifest.names(out)}
+    return tops >= set(produced) - {manifest.NAME}
 
 
 def finish(out: Path, produced: Sequence[str]) -> None:
@@ -176,7 +187,7 @@ def check(configs: Sequence[SAEConfig], rows: dict[str, Rows]) -> dict[str, np.n
     if FLAGS.tensorboard and importlib.util.find_spec("tensorboardX") is None:
         raise InputError("--tensorboard needs tensorboardX: pip install 'sae-jax[tensorboard]'")
     for name in ("checkpoint_seconds", "resident_gib"):
-        if FLAGS[name].value is not None and not math.isfinite(FLAGS[name].value):
+        if FLAGS[name].value is not None and not math.isfinite(FLAGS[name].value * 2**30):
             raise InputError(f"--{name}={FLAGS[name].value} must be a finite number")
     distributed.once(lambda: verify.inputs(FLAGS.data))
     data.provenance(FLAGS.data)  # which training reads after the folder has been cleared

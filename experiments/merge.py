@@ -3,13 +3,12 @@ r"""The shards of a sweep, gathered into one run.
     sae-jax sweep ... --num_shards=8 --shard_index=$SLURM_ARRAY_TASK_ID --workdir=runs/sweep
     sae-jax merge --workdir=runs/sweep --output=runs/whole
 
-Every shard is checked against its manifest first (--verify=full reads every byte). One that is
-missing or was not finished is named with the command that trains it; --partial gathers the rest.
-The output is a run like one of a single job: `sae_jax.Run.load` reads it, and the same sweep
-without shards finds nothing left to train in it.
+Every shard is checked against its manifest first, byte for byte. One that is missing or was not
+finished is named with the command that trains it; --partial gathers the rest. The output is a run
+like one of a single job: `sae_jax.Run.load` reads it, and the same sweep without shards finds
+nothing left to train in it.
 """
 
-import json
 import re
 import shlex
 import shutil
@@ -20,8 +19,9 @@ import pandas as pd
 from absl import flags
 
 from analysis import plots
-from experiments import cli, sharding, sweep, verify
+from experiments import cli, sharding, sweep
 from sae_jax import InputError, files, manifest, workdir
+from sae_jax.reading import read_object
 
 FLAGS = flags.FLAGS
 
@@ -33,7 +33,6 @@ def define_flags() -> None:
     """Defines the flags; `cli.launch` calls this."""
     flags.DEFINE_string("workdir", None, "The folder of the shards, --workdir of their sweep.")
     flags.DEFINE_string("output", None, "New folder for the whole.")
-    verify.define_flag()
     flags.DEFINE_bool("partial", False, "Gather what is finished, though shards are missing.")
 
 
@@ -45,7 +44,7 @@ def main() -> None:
     workdir.check_writable(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"--output={out} is there already: give a new folder")
-    finished, missing = look(Path(FLAGS.workdir), FLAGS.verify)
+    finished, missing = look(Path(FLAGS.workdir))
     for told in missing:
         print(told)
     if not finished or (missing and not FLAGS.partial):
@@ -62,7 +61,7 @@ def main() -> None:
     print(sweep.best(results, split))
 
 
-def look(folder: Path, level: manifest.Level) -> tuple[dict[Path, dict[str, Any]], list[str]]:
+def look(folder: Path) -> tuple[dict[Path, dict[str, Any]], list[str]]:
     """Finished shards with their settings, and what is said of the others.
 
     Raises:
@@ -91,12 +90,16 @@ def look(folder: Path, level: manifest.Level) -> tuple[dict[Path, dict[str, Any]
     sharding.check_apart({path: each["positions"] for path, each in settings.items()})
     finished, missing = {}, []
     for index, path in enumerate(places):
-        if (path / manifest.NAME).exists():
-            manifest.check(path, level)
-            finished[path] = settings[path]
+        again = command(first, index, count, folder)
+        if not (path / manifest.NAME).exists():
+            state = "was not finished" if path in found else "is missing"
+            missing.append(f"shard {index} of {count} {state}: {again}")
             continue
-        state = "was not finished" if path in found else "is missing"
-        missing.append(f"shard {index} of {count} {state}: {command(first, index, count, folder)}")
+        try:
+            manifest.check(path, "full")  # the whole gets a manifest of its own
+        except InputError as error:
+            raise InputError(f"{error}; {again} --overwrite") from None
+        finished[path] = settings[path]
     trained = sorted(place for each in finished.values() for place in each["positions"])
     if not missing and trained != list(range(len(trained))):
         raise InputError(f"the shards in {folder} are not the whole: they were split differently")
@@ -124,7 +127,7 @@ def gather(shards: dict[Path, dict[str, Any]], out: Path) -> pd.DataFrame:
     with files.write_aside(out) as fresh:
         (fresh / "dictionaries").mkdir(parents=True)
         for path, settings in shards.items():
-            asked = json.loads((path / "configs.json").read_bytes())
+            asked = read_object(path / "configs.json")
             own = [member[place] for place in settings["positions"]]
             if len(own) != len(asked["configs"]):
                 raise InputError(f"{path}: {sweep.SETTINGS} and configs.json disagree")

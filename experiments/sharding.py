@@ -104,7 +104,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         return found
     except FileNotFoundError:
         raise InputError(f"{path} is missing: {path.parent} is no shard of a sweep") from None
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise InputError(f"{path} is damaged: {error!r}") from None
 
 

@@ -85,6 +85,7 @@ def main() -> None:
         return
     with distributed.held_once(workdir.locked(out)):
         jobs.claim(out, SETTINGS, FILES, {"positions": positions} if shards > 1 else {})
+        there = jobs.complete(out, FILES)
 
         # 2. Train. Each program's results are on disk before the next one starts.
         run = jobs.train(configs, rows, out)
@@ -93,8 +94,9 @@ def main() -> None:
         if not distributed.is_first():
             return
         split = "validation" if "validation" in rows else "train"
-        plots.save(plots.frontier(run.results, split=split), out / "figures", "frontier")
-        jobs.finish(out, FILES)
+        if not there:
+            plots.save(plots.frontier(run.results, split=split), out / "figures", "frontier")
+            jobs.finish(out, FILES)
     print(f"\n{out}/")
     for name, what in FILES.items():
         print(f"  {name:<20} {what}")

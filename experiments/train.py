@@ -56,6 +56,7 @@ def main() -> None:
     rows = jobs.check(configs, rows)
     with distributed.held_once(workdir.locked(out)):
         jobs.claim(out, SETTINGS, FILES)
+        there = jobs.complete(out, FILES)
 
         # 2. Train.
         run = jobs.train(configs, rows, out)
@@ -63,8 +64,9 @@ def main() -> None:
         # 3. Draw, and say where everything lies and what came out.
         if not distributed.is_first():
             return
-        plots.save(plots.training(run.history), out / "figures", "training")
-        jobs.finish(out, FILES)
+        if not there:
+            plots.save(plots.training(run.history), out / "figures", "training")
+            jobs.finish(out, FILES)
     print(f"\n{out}/")
     for name, what in FILES.items():
         print(f"  {name:<20} {what}")

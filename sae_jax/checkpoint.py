@@ -24,7 +24,8 @@ import orbax.checkpoint as ocp
 from absl import logging
 from jax.sharding import Mesh
 
-from sae_jax import distributed, ensemble, pulse
+from sae_jax import distributed, ensemble, files, pulse
+from sae_jax.config import MOST
 from sae_jax.errors import brief
 
 KEPT = 2  # of each bucket: the latest, and one to fall back on
@@ -102,8 +103,10 @@ class Checkpoints:
         Raises:
           Preempted: in every process, after it is written, if SIGTERM has come to one.
           Exception: of several processes, what Orbax raises.
+          DiskError: the work directory is no longer where it was.
         """
         pulse.beat(f"checkpoint {step}")
+        files.check_pinned(self.folder / "x")  # Orbax would make it anew, elsewhere
         leaves = _named(tree)
         digests = distributed.agree(np.frombuffer(_digest(leaves), np.uint8))
         whole = leaves if jax.process_count() == 1 else ensemble.put(leaves, mesh)
@@ -127,6 +130,8 @@ class Checkpoints:
             )
             if jax.process_count() > 1 and not isinstance(error, _NoRoomError):
                 raise
+            for begun in self.folder.glob("*.orbax-checkpoint-tmp"):
+                shutil.rmtree(begun, ignore_errors=True)
         self.last = time.monotonic()
         if distributed.agree(self.preemption.asked).any():
             logging.warning(
@@ -173,6 +178,8 @@ class Checkpoints:
                     )
                 if not distributed.agree(bool(refused)).any():
                     structure, self.saved = jax.tree.structure(template), step
+                    if distributed.is_first():
+                        logging.info("goes on from step %d of %s", step, self.folder)
                     return step, jax.tree.unflatten(structure, [leaves[name] for name in names])
                 if distributed.is_first():
                     self._put_aside(step)
@@ -181,7 +188,8 @@ class Checkpoints:
     def _steps(self, manager: ocp.CheckpointManager) -> list[int]:
         """Those the first process sees, the newest first."""
         there = np.full(2 * KEPT, -1)
-        newest = sorted(manager.all_steps(), reverse=True)[: len(there)]
+        steps = [step for step in manager.all_steps() if step <= MOST]
+        newest = sorted(steps, reverse=True)[: len(there)]
         there[: len(newest)] = newest
         seen = distributed.agree(there)[0]
         return seen[seen >= 0].tolist()

@@ -6,6 +6,7 @@ second or so, and a checkpoint may fall within an epoch.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,7 +14,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from sae_jax import ensemble, models, programs, pulse, streaming
+from sae_jax import distributed, ensemble, models, programs, pulse, streaming
+from sae_jax.errors import InputError
 from sae_jax.state import History, Hyperparams, Normalizer, TrainState
 from sae_jax.together import Together
 
@@ -61,9 +63,23 @@ class Stream:
         if not isinstance(self.rows, Together):
             yield from streaming.prefetched(*coming, put, skip)
             return
+
+        def read(ranges: list[tuple[int, int]]) -> np.ndarray | InputError:
+            try:
+                return self.rows.read_part(ranges)
+            except InputError as error:
+                return error
+
         # The thread reads; what the processes exchange must be in the order of the program.
-        for part, order in streaming.prefetched(*coming, skip=skip, read=self.rows.read_part):
+        for part, order in streaming.prefetched(*coming, skip=skip, read=read):
+            part = distributed.unless_refused(functools.partial(_unless_error, part))
             yield put(self.rows.gathered(part, order.size)), order
+
+
+def _unless_error(part: np.ndarray | InputError) -> np.ndarray:
+    if isinstance(part, InputError):
+        raise part
+    return part
 
 
 def whole(

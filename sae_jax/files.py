@@ -38,14 +38,14 @@ def write_aside(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path)
     aside = None
     try:
-        _check_pinned(path)
+        check_pinned(path)
         make_folder(path.parent)
         aside = Path(tempfile.mkdtemp(prefix=f"{ASIDE}{path.name}.", dir=path.parent))
         fresh = aside / path.name
         yield fresh
         for each in [fresh, *fresh.rglob("*")]:
             sync(each)
-        _check_pinned(path)
+        check_pinned(path)
         if path.is_dir():  # a folder cannot be replaced in one call: move the old one out first
             path.rename(aside / _REPLACED)
             fresh.rename(path)
@@ -71,6 +71,8 @@ def write_aside(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 def make_folder(path: Path) -> None:
     """Make a folder and those above it, each on the disk when this returns."""
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{path} is a file where a folder is wanted: move it away")
     missing = [each for each in (path, *path.absolute().parents) if not each.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for each in missing:
@@ -95,7 +97,8 @@ def pinned(folder: Path) -> Iterator[None]:
         del _pinned[key]
 
 
-def _check_pinned(path: Path) -> None:
+def check_pinned(path: Path) -> None:
+    """Raises DiskError where a folder above is no longer the one that was `pinned`."""
     for parent in path.absolute().parents if _pinned else ():
         wanted = _pinned.get(parent) or _pinned.get(parent.resolve())
         if wanted is None:
@@ -159,8 +162,8 @@ def to_json(value: Any) -> str:
 
 def write_parquet(path: str | os.PathLike[str], table: "pd.DataFrame") -> None:
     """Parquet with page checksums, without the index."""
-    with write_aside(path) as fresh:
-        table.to_parquet(fresh, index=False, write_page_checksum=True)
+    with write_aside(path) as fresh:  # absolute: a name like a:b is no address of anything else
+        table.to_parquet(fresh.absolute(), index=False, write_page_checksum=True)
 
 
 def read_parquet(path: str | os.PathLike[str], **options: Any) -> "pd.DataFrame":
@@ -171,7 +174,7 @@ def read_parquet(path: str | os.PathLike[str], **options: Any) -> "pd.DataFrame"
     """
     import pandas as pd
 
-    return pd.read_parquet(path, page_checksum_verification=True, **options)
+    return pd.read_parquet(Path(path).absolute(), page_checksum_verification=True, **options)
 
 
 def sync(path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Literal, get_args
 
 from sae_jax import files
 from sae_jax.errors import InputError
-from sae_jax.reading import check_file
+from sae_jax.reading import LARGEST_JSON, check_file
 
 NAME = "manifest.json"
 Level = Literal["size", "full"]
@@ -92,6 +92,15 @@ def look(folder: Path, level: Level = "size") -> tuple[int, dict[str, str]]:
     return len(listed), {name: wrong for name, wrong in told.items() if wrong is not None}
 
 
+def names(folder: Path) -> list[str]:
+    """The files that are listed; none without a manifest.
+
+    Raises:
+      InputError: a damaged manifest.
+    """
+    return list(_read(folder / NAME)) if (folder / NAME).exists() else []
+
+
 def differs(folder: Path, name: str) -> str | None:
     """What is wrong with one file, byte for byte: it differs, is missing or is not listed.
 
@@ -137,7 +146,10 @@ def _read(path: Path) -> dict[str, tuple[int, str]]:
       InputError: there is none, or it is damaged.
     """
     try:
-        content = (check_file(path) if path.exists() else path).read_bytes()
+        path = check_file(path) if path.exists() else path
+        if path.stat().st_size > LARGEST_JSON:
+            raise ValueError("it is too large to be ours")
+        content = path.read_bytes()
         found = json.loads(content)
         if found["format"] != _FORMAT:
             raise InputError(f"{path} is of format {found['format']!r}, of a newer sae-jax")

@@ -135,11 +135,12 @@ class Workdir:
         found, free = [], set(todo)
         for file in sorted((self.path / "checkpoints").glob("[0-9]*.json")):
             # A damaged note is as good as none.
-            with contextlib.suppress(InputError, LookupError, TypeError, ValueError):
+            with contextlib.suppress(InputError, LookupError, TypeError):
                 members = read_json(file)["members"]
-                if self.checkpoints(members[0]).is_dir() and free >= set(members):
+                whole = {member for member in members if type(member) is int and member in free}
+                if len(whole) == len(members) > 0 and self.checkpoints(members[0]).is_dir():
                     found.append(members)
-                    free -= set(members)
+                    free -= whole
         return found
 
     def keep_checkpoints(self, firsts: list[int]) -> None:

@@ -24,8 +24,8 @@ class Full:
 
     Attributes:
       status: 0: it had enough. said: its last line. traceback: whether there was one.
-      partial: what it left under a final name with other contents than a whole run's, and what it
-        was writing aside.
+      partial: what it left under a final name with other contents than a whole run's (but whole
+        tables of the programs that a sweep had finished), and what it was writing aside.
       wrong: what is not as it should be once there is room and the command is given again.
     """
 
@@ -72,6 +72,7 @@ def _tried(stage: Stage, folder: Path, expected: dict[str, str], free: int) -> d
         for name, digest in there.items()
         if digest not in (kills.EMPTY, expected.get(name))
         and (any(aside in name for aside in ASIDE) or name in expected)
+        and not _of_finished_programs(Path("out") / name)
     ]
     filler.unlink()
     again = children.run(lambda: stage.run(True), small, "../said_again")
@@ -85,6 +86,16 @@ def _tried(stage: Stage, folder: Path, expected: dict[str, str], free: int) -> d
         "free": free, "status": status, "said": said[-1] if said else "",
         "traceback": "Traceback" in told, "partial": partial, "wrong": wrong,
     }  # fmt: skip
+
+
+def _of_finished_programs(path: Path) -> bool:
+    """Whether it is a table that grows with each program of a sweep, and can be read."""
+    if path.name not in ("results.parquet", "history.parquet"):
+        return False
+    try:
+        return len(files.read_parquet(path)) > 0
+    except (OSError, ValueError):
+        return False
 
 
 def _mount(folder: Path) -> None:

@@ -65,7 +65,7 @@ def shards(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Calla
 def test_it_is_the_run_of_one_job(
     shards: Callable[..., Path], runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = shards(verify="full")
+    out = shards()
     one, many = Run.load(runs / "whole"), Run.load(out)
     pd.testing.assert_frame_equal(one.results, many.results, check_exact=True)
     pd.testing.assert_frame_equal(one.history, many.history, check_exact=True)
@@ -133,7 +133,7 @@ def test_damage_is_refused_and_leaves_nothing(
     damage, message = DAMAGE[case]
     damage(tmp_path / "shards")
     with pytest.raises(InputError, match=message):
-        shards(verify="full")
+        shards()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["shards"]
 
 

@@ -297,3 +297,42 @@ def test_a_python_config_that_exits(run: Callable[..., Path], tmp_path: Path) ->
     (tmp_path / "c.py").write_text("import sys\nsys.exit(3)\n")
     with pytest.raises(InputError, match=r"SystemExit.*3"):
         run(sweep, **dict.fromkeys(FLAGS), config=str(tmp_path / "c.py"))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {name: content for name, content in files.items() if not name.endswith(".lock")}
+
+
+def test_a_refused_command_leaves_a_finished_folder_as_it_is(run: Callable[..., Path]) -> None:
+    out = run()
+    before = contents(out)
+    with pytest.raises(InputError, match="other settings"):
+        run(epochs="2")
+    assert contents(out) == before
+    run()
+    assert contents(out) == before, "nor is anything drawn again"
+
+
+def test_a_finished_folder_that_is_damaged_is_no_longer_taken_for_one(
+    run: Callable[..., Path],
+) -> None:
+    out = run()
+    before = contents(out)
+    (out / "figures/training.png").write_bytes(b"")
+    damaged = contents(out)
+    with pytest.raises(
+        InputError, match=r"training\.png has 0 bytes .* --overwrite trains it anew"
+    ):
+        run()
+    assert contents(out) == damaged
+    run(overwrite="true")
+    assert contents(out).keys() == before.keys()
+
+
+def test_a_name_that_looks_like_an_address_is_one_of_a_folder(
+    run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run(workdir="s3:out")
+    assert (tmp_path / "s3:out/results.parquet").is_file()

@@ -137,7 +137,7 @@ def _shards(folder: Path) -> None:
 
 
 def _merge(folder: Path) -> Any:
-    finished, missing = merge.look(folder, "full")
+    finished, missing = merge.look(folder)
     return missing, merge.gather(finished, folder.with_name("merged")) if finished else None
 
 

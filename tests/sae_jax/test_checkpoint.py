@@ -30,6 +30,8 @@ from sae_jax import (
     trainer,
 )
 from sae_jax.checkpoint import Checkpoints, Preempted, Preemption
+from sae_jax.files import DiskError
+from sae_jax.workdir import Workdir
 from tests.kills import trials
 
 ROWS = np.random.default_rng(0).normal(size=(96, 5)).astype(np.float32)
@@ -405,3 +407,29 @@ def test_a_disk_without_room_is_not_written_to(
     with caplog.at_level(logging.WARNING, "absl"):
         assert_same(train(tmp_path / "run"), undisturbed)
     assert re.search(r"no checkpoint .*0000: [\d,]+ bytes are wanted and 100,000 are", caplog.text)
+
+
+@pytest.mark.parametrize(
+    "note", ["", "[]", "{}", '{"members": 3}', '{"members": [0, 1.0]}', '{"members": [0, 0]}',
+             '{"members": [0, true]}', '{"members": [[0]]}', '{"members": [-1]}',
+             '{"members": [%s]}' % ("9" * 4000), '{"members": "0"}', '{"members": [null]}'],
+)  # fmt: skip
+def test_a_damaged_note_of_who_trained_together_is_as_none(note: str, tmp_path: Path) -> None:
+    (tmp_path / "checkpoints/0000").mkdir(parents=True)
+    found = Workdir.__new__(Workdir)
+    found.path = tmp_path
+    (tmp_path / "checkpoints/0000.json").write_text(note)
+    assert found.begun([0, 1, 2]) == []
+    (tmp_path / "checkpoints/0000.json").write_text('{"members": [0, 2]}')
+    assert found.begun([0, 1, 2]) == [[0, 2]]
+    assert found.begun([0, 1]) == [], "one of them is finished"
+
+
+def test_a_folder_that_was_taken_away_is_not_made_anew_by_a_checkpoint(tmp_path: Path) -> None:
+    def on_epochs(positions: np.ndarray, first: int, history: Any) -> None:
+        if first == 3:
+            (tmp_path / "run").rename(tmp_path / "moved")
+
+    with pytest.raises(DiskError, match="run"):
+        train(tmp_path / "run", on_epochs=on_epochs)
+    assert not (tmp_path / "run").exists()
