@@ -106,7 +106,7 @@ class Checkpoints:
           DiskError: the work directory is no longer where it was.
         """
         pulse.beat(f"checkpoint {step}")
-        files.check_pinned(self.folder / "x")  # Orbax would make it anew, elsewhere
+        files.check_pinned(self.folder)  # Orbax would make it anew, elsewhere
         leaves = _named(tree)
         digests = distributed.agree(np.frombuffer(_digest(leaves), np.uint8))
         whole = leaves if jax.process_count() == 1 else ensemble.put(leaves, mesh)

@@ -311,16 +311,14 @@ class _CallbackError(Exception):
 def _placed(
     on_epochs: Callable[[np.ndarray, int, History], None] | None, positions: list[int]
 ) -> Callable[[np.ndarray, int, History], None] | None:
-    """`on_epochs` for a bucket, which counts its members from 0 and adds some to fill devices."""
+    """`on_epochs` for a bucket, which counts its members from 0."""
     if on_epochs is None:
         return None
     places = np.asarray(positions)
 
     def on_history(members: np.ndarray, first: int, history: History) -> None:
-        real = members < len(places)
-        part = jax.tree.map(lambda leaf: leaf[real], history)
         try:
-            on_epochs(places[members[real]], first, part)
+            on_epochs(places[members], first, history)
         except Exception as error:
             raise _CallbackError from error
 

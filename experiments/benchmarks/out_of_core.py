@@ -1,6 +1,6 @@
 r"""Differential expression and enrichment of cells that stay in their file: time, peak memory.
 
-    python -m experiments.benchmarks.out_of_core --folder=/tmp/cells      (about an hour, 2 cores)
+    python -m experiments.benchmarks.out_of_core --folder=stores          (about an hour, 2 cores)
     python -m experiments.benchmarks.out_of_core --quick                       (under a minute)
 
 Cells are synthetic counts, CSR in a zarr store of anndata, of which a share of the genes is
