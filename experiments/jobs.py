@@ -26,7 +26,7 @@ from sae_jax import (
     distributed,
     files,
     manifest,
-    sweep,
+    planning,
     together,
     workdir,
 )
@@ -192,7 +192,7 @@ def check(configs: Sequence[SAEConfig], rows: dict[str, Rows]) -> dict[str, np.n
     distributed.once(lambda: verify.inputs(FLAGS.data))
     data.provenance(FLAGS.data)  # which training reads after the folder has been cleared
     held_out = {name: part for name, part in rows.items() if name != "train"}
-    train, held_out = sweep.check(
+    train, held_out = planning.check(
         list(configs), rows["train"], held_out, FLAGS.epochs, FLAGS.data_seed, FLAGS.patience,
         _resident_bytes(), FLAGS.latent_devices,
     )  # fmt: skip
