@@ -36,7 +36,7 @@ from analysis.attribution_store import Forwards, Part, Store, identity
 from analysis.counterfactuals import COUNTERFACTUALS, PROTOTYPES, Pairs, choose
 from analysis.perturbed import Coder, Embedder, Perturbed, Score
 from analysis.swaps import distinct
-from sae_jax.errors import InputError
+from sae_jax.errors import InputError, counted
 
 IMPORTANT = 0.05  # of the paper
 SWAPS = 1024  # evaluated at once
@@ -155,7 +155,8 @@ def attribute(
     if embedding is not None:
         _check(found, local, expected)
     if bare := int((pairs.count == 0).sum()):
-        logging.warning("%d concepts have no prototypes or no counterfactuals: NaN", bare)
+        some = counted(int(bare), "concept")
+        logging.warning("%s without prototypes or without counterfactuals: NaN", some)
     n = len(pairs.concepts)
     block = block or (n if folder is None else BLOCK)
     blocks = [local.of(np.arange(start, min(start + block, n))) for start in range(0, n, block)]

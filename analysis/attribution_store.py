@@ -17,7 +17,7 @@ from scipy import sparse
 from analysis.counterfactuals import Pairs
 from analysis.perturbed import Coder, Embedder, Perturbed
 from sae_jax import Dictionary, files, manifest
-from sae_jax.errors import InputError
+from sae_jax.errors import InputError, counted
 from sae_jax.reading import read_object
 
 
@@ -38,6 +38,10 @@ class Forwards:
     def __add__(self, other: Forwards) -> Forwards:
         mine, theirs = dataclasses.astuple(self), dataclasses.astuple(other)
         return Forwards(*(a + b for a, b in zip(mine, theirs, strict=True)))
+
+    def __str__(self) -> str:
+        by = counted(self.brute, "cell")
+        return f"{self.done:,} of {by} through the model, {self.saved:.1%} saved"
 
     @property
     def saved(self) -> float:

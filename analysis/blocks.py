@@ -41,18 +41,15 @@ class Tables:
     `memory_bytes`, in a file of the temporary folder (TMPDIR). The file has no name and goes with
     the last of the arrays, or with the process; its place on the disk is taken at once.
 
-    Attributes:
-      held: bytes that they take in memory.
-
     Raises:
       DiskError: there is no such place.
     """
 
     def __init__(self, shape: tuple[int, int], count: int, memory_bytes: int) -> None:
         self.shape, self._mapped, self._made = shape, None, 0
-        self.held = size = shape[0] * shape[1] * 4 * count
+        size = shape[0] * shape[1] * 4 * count
         if size > memory_bytes:
-            self.held, folder = 0, Path(tempfile.gettempdir())
+            folder = Path(tempfile.gettempdir())
             with disk.named(folder, size), tempfile.TemporaryFile(dir=folder) as file:
                 # Pages that a full disk has no place for would end the process when written to.
                 os.posix_fallocate(file.fileno(), 0, size)

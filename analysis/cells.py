@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,10 @@ class Expression:
         """Of each gene over all cells, float64."""
         return _Survey.of(self.x.shape[1]).plus_rows(self.x).totals / self.x.shape[0]
 
+    def of_genes(self, which: np.ndarray, names: np.ndarray) -> Expression:
+        """Some genes alone, by position, under these names."""
+        return Expression(self.x[:, which], names)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Parts(Expression):
@@ -65,6 +69,11 @@ class Parts(Expression):
     def means(self) -> np.ndarray:
         """As of `Expression`."""
         return self.totals / self.x.shape[0]
+
+    def of_genes(self, which: np.ndarray, names: np.ndarray) -> Parts:
+        """As of `Expression`."""
+        some = functools.partial(_columns, of=self.x.transform, which=which)
+        return Parts(self.x.then(some, len(which)), names, self.cells, self.totals[which])
 
     def __call__(self) -> Iterator[sparse.csr_matrix]:
         """All cells, in order."""
@@ -109,7 +118,7 @@ def annotations(path: str | Path, obsm: Sequence[str] = ()) -> anndata.AnnData:
             root = zarr.open_group(path, mode="r")
         else:
             root = stack.enter_context(h5py.File(path))
-        obs, var = (anndata.io.read_elem(root[name]) for name in ("obs", "var"))
+        obs, var = (_table(root, name) for name in ("obs", "var"))
         there = root.get("obsm", {})
         for key in obsm:
             _refuse_missing(key, there)
@@ -183,6 +192,27 @@ def parts(
       InputError: as `read` and `expression`; a matrix stored by genes (CSC), or memory for not even
         one cell.
     """
+    blocks, var, cells = stored(where, source, rows, memory_bytes=memory_bytes)
+    blocks = blocks.then(functools.partial(_block, source=source, kind=kind), blocks.shape[1])
+    totals, fractional = survey(blocks)
+    if not totals.any():
+        raise InputError(f"{source} holds nothing but zeros")
+    if kind == "log1p" and not fractional:
+        raise InputError(f"{source} is said to hold log1p values, but all are integers; counts?")
+    genes, keep = _genes(var, symbols, totals)
+    kept = functools.partial(_block, source=source, kind=kind, keep=keep)
+    return Parts(blocks.then(kept, len(keep)), genes, cells, totals[keep])
+
+
+def stored(
+    where: str | Path | anndata.AnnData,
+    source: str,
+    rows: int | None = None,
+    *,
+    memory_bytes: int = chunked.BLOCK_BYTES,
+) -> tuple[Chunked, pd.DataFrame, pd.Index]:
+    """A matrix of cells as it is, in blocks; what its columns are; the cells' names. No value of
+    it has been read. Arguments and errors as of `parts`."""
     if isinstance(where, anndata.AnnData):
         _refuse_view_of_file(where, source)
         matrix, var = _source(where, source)
@@ -192,17 +222,16 @@ def parts(
         name = f"{where}: {source}"
     _refuse_duplicates(cells, "cell names", "obs_names_make_unique()")
     blocks = chunked.chunked(matrix, name, memory_bytes=memory_bytes, rows=rows)
-    blocks = blocks.then(functools.partial(_block, source=source, kind=kind), blocks.shape[1])
     if not isinstance(where, anndata.AnnData):
         blocks = dataclasses.replace(blocks, _read=functools.partial(_read, Path(where), matrix))
+    return blocks, var, cells
+
+
+def survey(blocks: Chunked) -> tuple[np.ndarray, bool]:
+    """Each column's total, float64, added in the order of the rows; and whether any value is no
+    integer. One pass over the rows."""
     found = blocks.fold(_Surveying(blocks.shape[1]))
-    if not found.totals.any():
-        raise InputError(f"{source} holds nothing but zeros")
-    if kind == "log1p" and not found.fractional:
-        raise InputError(f"{source} is said to hold log1p values, but all are integers; counts?")
-    genes, keep = _genes(var, symbols, found.totals)
-    kept = functools.partial(_block, source=source, kind=kind, keep=keep)
-    return Parts(blocks.then(kept, len(keep)), genes, cells, found.totals[keep])
+    return found.totals, found.fractional
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -251,10 +280,20 @@ def _opened(path: Path, source: str) -> tuple[Any, pd.DataFrame, pd.Index]:
         if place not in root:
             raise InputError(f"{path} has no {place}")
         node = root[place]
-        var = anndata.io.read_elem(root["raw/var" if source == "raw" else "var"])
-        cells = anndata.io.read_elem(root["obs"]).index
+        var = _table(root, "raw/var" if source == "raw" else "var")
+        cells = _table(root, "obs").index
         matrix = anndata.io.sparse_dataset(node) if hasattr(node, "keys") else node
     return matrix, var, cells
+
+
+def _table(root: Any, name: str) -> pd.DataFrame:
+    """obs or var of an open file."""
+    if isinstance(root[name], h5py.Dataset):
+        raise InputError(
+            f"{root.filename} is of an anndata before 0.7, whose {name} is no table of columns: "
+            "anndata.read_h5ad(OLD).write_h5ad(NEW) writes it anew"
+        )
+    return anndata.io.read_elem(root[name])
 
 
 def _read(path: Path, matrix: Any, start: int, stop: int) -> Any:
@@ -270,6 +309,13 @@ def _block(
     if block.nnz:
         _check_values(block.data, source, kind, of_all=False)
     return _log1p(block, kind)[:, keep]
+
+
+def _columns(
+    raw: Any, of: Callable[[Any], sparse.csr_matrix], which: np.ndarray
+) -> sparse.csr_matrix:
+    """Some columns of what `of` makes of cells."""
+    return of(raw)[:, which]
 
 
 def embedding(adata: anndata.AnnData, key: str) -> np.ndarray:

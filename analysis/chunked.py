@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import itertools
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -20,7 +21,7 @@ import numpy as np
 from absl import logging
 from scipy import sparse
 
-from sae_jax.errors import InputError
+from sae_jax.errors import InputError, counted
 
 BLOCK_BYTES = 256 << 20
 ENTRY = 64  # bytes of a stored entry, with all copies of it that are made on its way into sums
@@ -104,6 +105,23 @@ class Chunked:
         """All blocks, in order."""
         return (self.block(number) for number in range(len(self.cuts) - 1))
 
+    def __getitem__(self, which: np.ndarray) -> sparse.csr_matrix:
+        """Some rows, by position in rising order, one at least; they are in memory then.
+
+        Beside them is one block at a time, of those alone that have some of them.
+        """
+        which = np.asarray(which)
+        n_rows = self.shape[0]
+        if not which.size or (np.diff(which) < 0).any() or which[0] < 0 or which[-1] >= n_rows:
+            raise InputError(f"rows must rise, one at least, within 0 .. {n_rows - 1}")
+        ends = np.searchsorted(which, self.cuts)
+        parts = [
+            self.block(number)[which[start:stop] - self.cuts[number]]
+            for number, (start, stop) in enumerate(itertools.pairwise(ends))
+            if start < stop
+        ]
+        return sparse.vstack(parts, "csr")
+
     def then(self, transform: Callable[[Any], sparse.csr_matrix], columns: int) -> Chunked:
         """The same matrix with something else done to its blocks, which may drop columns."""
         return dataclasses.replace(self, shape=(self.shape[0], columns), transform=transform)
@@ -117,7 +135,7 @@ class Chunked:
         if (client := self._client()) is None:
             return Held()
         threads = max(client.nthreads().values(), default=1)
-        where = f" in each worker, of {threads} thread{'s' * (threads > 1)}"
+        where = f" in each worker, of {counted(threads, 'thread')}"
         return Held(3 * threads, 2 * threads + 2, threads, where)
 
     def fold(self, work: Work[S]) -> S:

@@ -11,6 +11,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 from absl import logging
@@ -22,7 +23,7 @@ from analysis.cell_sums import GroupSums, GroupWork, Moments, Sums
 from analysis.chunked import Chunked, Held
 from analysis.features import Matrix
 from analysis.groups import Groups, as_mask
-from sae_jax.errors import InputError
+from sae_jax.errors import InputError, counted
 
 TEST = 40 * 8  # bytes of a feature and gene while it is tested, and what is made of the test
 
@@ -91,13 +92,14 @@ Test = Callable[[], Welch]
 
 
 def welch(
-    expression: Matrix,
+    expression: Matrix | Chunked,
     high: Matrix,
     low: Matrix | None = None,
     active: Matrix | None = None,
     *,
     pseudocount: float = 1.0,
     block: int = 256,
+    memory_bytes: int = 1 << 30,
 ) -> Welch:
     """Welch's t-test and fold change of every gene between two groups of cells of every feature.
 
@@ -114,13 +116,14 @@ def welch(
 
     Args:
         expression: x = ln(1 + normalised count) [cells, genes], dense or CSR, non-negative. Three
-            float64 copies are held while it runs.
+            float64 copies are held while it runs. Or in blocks, of which one is held.
         high: boolean mask [features, cells], dense or sparse.
         low: boolean mask [features, cells]; shares no cell with `high`.
         active: boolean mask [features, cells]; contains `high`.
         pseudocount: added to the mean counts of both groups.
         block: features worked on at once; bounds the memory beyond the result. To keep no more
             than a block of results, see `welch_blocks`.
+        memory_bytes: of expression in blocks instead, beside masks and result: `welch_streamed`.
 
     Returns:
         The tests, features in the order of the masks.
@@ -129,7 +132,11 @@ def welch(
         InputError: if not exactly one of `low` and `active` is given, if shapes or types disagree,
             if the groups overlap, or if the expression is not finite log values.
     """
-    parts = list(welch_blocks(expression, high, low, active, pseudocount=pseudocount, block=block))
+    given: dict[str, Any] = {"low": low, "active": active, "pseudocount": pseudocount}
+    if isinstance(expression, Chunked):
+        parts = list(welch_streamed(expression, high, **given, memory_bytes=memory_bytes))
+    else:
+        parts = list(welch_blocks(expression, high, **given, block=block))
     return Welch(
         **{f.name: np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(Welch)}
     )
@@ -199,6 +206,7 @@ def welch_streamed(
     high, other = _masks(high, low, active, pseudocount, n_cells)
     within, everything = active is not None, None
     plan = Passes.of(source, high.shape[0], memory_bytes)
+    logging.info("%s", plan.told)
 
     def one_pass(rows: slice) -> Iterator[Welch]:  # whose sums go before the next one's come
         nonlocal everything
@@ -260,18 +268,20 @@ class Passes:
       tested: of these at once.
       bytes: that everything takes, at most, beside the masks; of a dask array with a client, in
         each of its workers.
+      told: the same in words, for the log.
     """
 
     features: int
     tested: int
     bytes: int
+    told: str
 
     @classmethod
     def of(
         cls, source: Chunked | _Calls, features: int, memory_bytes: int, *, tested: int = 16,
         threads: int = 1, beside: int = 0,
     ) -> Passes:  # fmt: skip
-        """As many features in a pass as fit; logged.
+        """As many features in a pass as fit.
 
         Args:
             features: of all passes.
@@ -297,15 +307,15 @@ class Passes:
                 f"{source.rows:,} cells{held.where}, and may take {chunked.size(memory_bytes)}: "
                 "give more, or smaller blocks."
             )
-        found = cls(int(at_once), tested, int(fixed + sums * at_once))
-        logging.info(
-            "DGE: %s cells x %s genes in blocks of %s cells, %d features in %d passes, "
-            "at most %s%s%s",
-            f"{n_cells:,}", f"{genes:,}", f"{source.rows:,}" if source.rows else "their own",
-            features, math.ceil(features / at_once), chunked.size(found.bytes), held.where,
-            f", {chunked.size(beside)} of it for tables" if beside else "",
-        )  # fmt: skip
-        return found
+        most = int(fixed + sums * at_once)
+        blocks = f"blocks of {counted(source.rows, 'cell')}" if source.rows else "their own blocks"
+        passes = counted(math.ceil(features / at_once), "pass", "passes")
+        told = (
+            f"DGE: {counted(n_cells, 'cell')} x {counted(genes, 'gene')} in {blocks}, "
+            f"{counted(features, 'feature')} in {passes}, at most {chunked.size(most)}{held.where}"
+            + (f", {chunked.size(beside)} of it for tables" if beside else "")
+        )
+        return cls(int(at_once), tested, most, told)
 
 
 @dataclass(frozen=True, eq=False)
@@ -351,12 +361,14 @@ class Streamed:
     @classmethod
     def of(
         cls, source: Chunked, features: int, memory_bytes: int, *, tested: int, threads: int,
-        beside: int = 0,
+        beside: int, tell: bool,
     ) -> Streamed:  # fmt: skip
-        """One pass over the cells; the rest is as for `Passes.of`."""
+        """One pass over the cells; the rest is as for `Passes.of`. tell: in the log, before it."""
         plan = Passes.of(
             source, features, memory_bytes, tested=tested, threads=threads, beside=beside
         )
+        if tell:
+            logging.info("%s", plan.told)
         nothing = sparse.csc_array((0, source.shape[0]), dtype=bool)
         work = GroupWork(nothing, nothing, True, source.shape[1])
         _, everything = source.fold(work.and_all()).without_all()
@@ -390,13 +402,13 @@ class Streamed:
 
 def prepare(
     expression: Matrix | Chunked, features: int, memory_bytes: int, *, tested: int,
-    threads: int = 1, beside: int = 0,
+    threads: int = 1, beside: int = 0, tell: bool = True,
 ) -> Prepared | Streamed:  # fmt: skip
-    """The one for expression in memory, or the other for blocks of it; arguments as of `Passes`."""
+    """The one for expression in memory, the other for blocks of it; arguments as of `Streamed`."""
     if not isinstance(expression, Chunked):
         return Prepared.of(expression)
     return Streamed.of(
-        expression, features, memory_bytes, tested=tested, threads=threads, beside=beside
+        expression, features, memory_bytes, tested=tested, threads=threads, beside=beside, tell=tell
     )
 
 

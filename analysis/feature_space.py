@@ -7,6 +7,7 @@ terms, kinds and activity of features, or words that their terms hold.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -111,9 +112,12 @@ def plane(
     )  # fmt: skip
     coordinates = np.full((annotated.matrix.shape[0], 2), np.nan)
     # UMAP takes a sparse array for a dense one; it knows only the old class.
-    coordinates[rows] = model.fit_transform(
-        sparse.csr_matrix(annotated.matrix[rows].astype(np.float32))
-    )
+    known = sparse.csr_matrix(annotated.matrix[rows].astype(np.float32))
+    with warnings.catch_warnings():
+        # From a = b = 1 its fit of the curve 1 / (1 + a x^2b) to a spread of 10 tries a b below 0,
+        # at x = 0 too, and goes back: the curve that it finds is the one for a spread of 1, scaled.
+        warnings.filterwarnings("ignore", "divide by zero encountered in power", RuntimeWarning)
+        coordinates[rows] = model.fit_transform(known)
     return coordinates
 
 

@@ -26,15 +26,19 @@ from analysis import calibration, differential, enrichment
 from analysis.annotated import CALIBRATED, DIRECTIONS, TESTS, Lens, Rule
 from analysis.blocks import Tables, in_order, slices
 from analysis.cells import Expression
+from analysis.chunked import Chunked
 from analysis.gene_sets import GeneSets
 from analysis.groups import Groups, top_cells
 from analysis.long_table import write
 from sae_jax.errors import InputError
 
 __all__ = [
-    "DIRECTIONS", "TESTS", "Lens", "Rule", "annotate", "feature_names", "relevant", "two_sided",
-    "write",
+    "DIRECTIONS", "TESTS", "Lens", "Rule", "annotate", "feature_names", "passes", "relevant",
+    "two_sided", "write",
 ]  # fmt: skip
+
+OTHERS = 7  # tables [features, terms] beside those of the tests
+BINS, BLOCK = 6, 64  # of `annotate`, unless it is told otherwise
 
 
 def annotate(
@@ -44,11 +48,11 @@ def annotate(
     rule: Rule | None = None,
     *,
     null_features: int = 300,
-    bins: int = 6,
+    bins: int = BINS,
     seed: int = 0,
     matched: bool = True,
     top_genes: int = 50,
-    block: int = 64,
+    block: int = BLOCK,
     workers: int | None = None,
     memory_bytes: int = 4 << 30,
     progress: bool = True,
@@ -66,8 +70,8 @@ def annotate(
       block: features at once in each of `workers` threads (default: the cores).
       memory_bytes: of all that is held beside the arguments. Tables that would take more than a
         quarter of it are kept in a file of the temporary folder; the rest is for tests in threads
-        and, where expression is in blocks (`cells.parts`), for these and their sums: the whole is
-        stated in the log before the work starts.
+        and, where expression is in blocks (`cells.parts`), for these and their sums: see `passes`.
+      progress: whether to show bars and, before the work starts, the memory in the log.
       known: calibrations made before, instead of new ones.
 
     Returns:
@@ -90,20 +94,14 @@ def annotate(
     if not groups.high.nnz:
         raise InputError("no feature has a high cell: is the dictionary dead on these cells?")
     known = known or {}
-    made = {test: bool(null_features) or test in known for test in CALIBRATED}
-    made["matched"] = matched
-    tests = [test for test in TESTS if made.get(test, True)]
-    tables = Tables((n_features, n_terms), len(tests) + 7, memory_bytes // 4)
-    # A thread holds some twenty tables [block, genes] of float64.
-    beside = tables.held
-    if null_features and not known:
-        beside += len(CALIBRATED) * 8 * bins * null_features * n_terms  # of permuted features
-    fitting = (memory_bytes - beside) // (20 * 8 * block * len(expression.genes))
-    workers = workers or max(1, min(len(os.sched_getaffinity(0)), fitting))
-    prepared = differential.prepare(
-        expression.x, max(n_features, bins * null_features), memory_bytes, tested=block,
-        threads=workers, beside=beside,
+    tests = _tests(null_features, matched, known)
+    tables = Tables((n_features, n_terms), len(tests) + OTHERS, memory_bytes // 4)
+    demand = _demand(
+        expression, n_features, n_terms, null_features=null_features, bins=bins, matched=matched,
+        block=block, workers=workers, memory_bytes=memory_bytes, known=known,
     )  # fmt: skip
+    workers = demand["threads"]
+    prepared = differential.prepare(expression.x, **demand, tell=progress)
     block = prepared.tested or block
     strata = enrichment.strata_of_rank(prepared.everything.x[0])
     log_p = {test: tables.new() for test in tests}
@@ -168,7 +166,7 @@ def annotate(
                 for test, part in zip(CALIBRATED, np.split(null, 2, axis=2), strict=True)
             }
     deviates = {}
-    for test in [test for test in CALIBRATED if made[test]]:
+    for test in [test for test in CALIBRATED if test in tests]:
         statistic = {"change": change, "calibrated": deviate}[test]
         table = deviates[CALIBRATED[test][1]] = tables.new()
         if test not in known:  # no feature can be named
@@ -186,6 +184,66 @@ def annotate(
         change=change, **deviates,
     )  # fmt: skip
     return lens, known
+
+
+def passes(
+    expression: Expression,
+    n_features: int,
+    n_terms: int,
+    *,
+    null_features: int = 300,
+    memory_bytes: int = 4 << 30,
+) -> differential.Passes | None:
+    """How `annotate` would test so many features, or fewer, of expression in blocks. None:
+    expression in memory, which is not gone through in passes.
+
+    Raises:
+      InputError: not one feature fits the memory.
+    """
+    demand = _demand(
+        expression, n_features, n_terms, null_features=null_features, bins=BINS, matched=True,
+        block=BLOCK, workers=None, memory_bytes=memory_bytes, known={}, or_fewer=True,
+    )  # fmt: skip
+    if not isinstance(expression.x, Chunked):
+        return None
+    return differential.Passes.of(expression.x, **demand)
+
+
+def _demand(
+    expression: Expression,
+    n_features: int,
+    n_terms: int,
+    *,
+    null_features: int,
+    bins: int,
+    matched: bool,
+    block: int,
+    workers: int | None,
+    memory_bytes: int,
+    known: dict[str, calibration.Calibration],
+    or_fewer: bool = False,
+) -> dict[str, int]:
+    """Arguments of `differential.Passes.of`, and of `prepare`; or_fewer: enough for less, too."""
+    tables = 4 * (len(_tests(null_features, matched, known)) + OTHERS) * n_features * n_terms
+    most = memory_bytes // 4  # beyond which they are in a file
+    beside = min(tables, most) if or_fewer else tables * (tables <= most)
+    if null_features and not known:
+        beside += len(CALIBRATED) * 8 * bins * null_features * n_terms  # of permuted features
+    # A thread holds some twenty tables [block, genes] of float64.
+    fitting = (memory_bytes - beside) // (20 * 8 * block * len(expression.genes))
+    workers = workers or max(1, min(len(os.sched_getaffinity(0)), fitting))
+    return {
+        "features": max(n_features, bins * null_features), "memory_bytes": memory_bytes,
+        "tested": block, "threads": workers, "beside": beside,
+    }  # fmt: skip
+
+
+def _tests(
+    null_features: int, matched: bool, known: dict[str, calibration.Calibration]
+) -> list[str]:
+    """Those that are made."""
+    made = {test: bool(null_features) or test in known for test in CALIBRATED}
+    return [test for test in TESTS if (made | {"matched": matched}).get(test, True)]
 
 
 def feature_names(latents: np.ndarray) -> np.ndarray:

@@ -25,7 +25,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import confusion_matrix
 from sklearn.preprocessing import StandardScaler
 
-from analysis import differential
+from analysis import chunked, differential
+from analysis.cells import survey
+from analysis.chunked import Chunked
 from analysis.features import Matrix
 from sae_jax.errors import InputError
 
@@ -323,21 +325,25 @@ def cell_cycle_genes(names: Sequence[str] | None = None) -> dict[str, list[str]]
 
 
 def cell_cycle(
-    adata: anndata.AnnData, symbols: str | None = None, seed: int = 0
+    x: Matrix | Chunked, genes: Sequence[str], seed: int = 0
 ) -> tuple[pd.DataFrame, dict[str, list[str]]]:
-    """Phases of the cell cycle by `scanpy.tl.score_genes_cell_cycle` (Claye G).
+    """Phases of the cell cycle as `scanpy.tl.score_genes_cell_cycle` has them (Claye G).
+
+    A score is linear in a cell's expression, with weights that hang on the genes' means over all
+    cells alone. So scanpy scores cells of one gene each, of the same means, and x is read in
+    blocks. What differs is rounding: scanpy adds single precision up in it.
 
     Args:
-        adata: cells with ln(1 + normalised counts) in X; it is not changed.
-        symbols: the column of var that holds gene symbols; None: var_names.
+        x: ln(1 + normalised counts) [cells, genes], dense, CSR or in blocks.
+        genes: their symbols; of those that share one the first counts.
         seed: of scanpy's control genes.
 
     Returns:
-        Per cell (index) `S_score`, `G2M_score` and `phase`, one of `PHASES`; and the genes found,
-        as `cell_cycle_genes`: the paper's model knew 8 of the 97, so look.
+        Per cell `S_score`, `G2M_score` and `phase`, one of `PHASES`; and the genes found, as
+        `cell_cycle_genes`: the paper's model knew 8 of the 97, so look.
 
     Raises:
-        InputError: if scanpy is not installed, X holds counts, or a phase has no gene among the
+        InputError: if scanpy is not installed, x holds counts, or a phase has no gene among the
             symbols.
     """
     try:
@@ -346,27 +352,31 @@ def cell_cycle(
         raise InputError(
             "phases of the cell cycle need scanpy: pip install 'sae-jax[single-cell]'."
         ) from None
-    if symbols is not None and symbols not in adata.var:
-        raise InputError(f"var has no column {symbols!r}: name the one that holds gene symbols.")
-    names = pd.Index(adata.var_names if symbols is None else adata.var[symbols].astype(str))
+    names = pd.Index(genes).astype(str)
     found = cell_cycle_genes(names)
     if len(found) < 2:
         raise InputError(
             f"{names[:3].tolist()}, ...: no genes of {' or '.join(set(PHASES[1:]) - set(found))} "
-            "among them; give the column of var with human gene symbols as symbols=."
+            "among them; give human gene symbols."
         )
-    stored = adata.X.data if sparse.issparse(adata.X) else np.asarray(adata.X)
-    if not np.isfinite(stored).all() or not (stored % 1).any():
-        raise InputError("X holds counts or NaN: give ln(1 + normalised counts) (scanpy: log1p).")
-    first = ~names.duplicated()  # of genes that share a symbol, as var_names_make_unique would
-    bare = anndata.AnnData(
-        adata.X[:, np.flatnonzero(first)], pd.DataFrame(index=adata.obs_names),
-        pd.DataFrame(index=names[first]),
-    )  # fmt: skip
+    blocks = x if isinstance(x, Chunked) else chunked.chunked(x, "expression")
+    totals, fractional = survey(blocks)
+    if not np.isfinite(totals).all() or not fractional:
+        raise InputError("x holds counts or NaN: give ln(1 + normalised counts) (scanpy: log1p).")
+    first = np.flatnonzero(~names.duplicated())
+    totals = totals[first]
+    each = sparse.csr_matrix(sparse.diags_array(totals))
+    single = anndata.AnnData(each, var=pd.DataFrame(index=names[first]))
     scanpy.tl.score_genes_cell_cycle(
-        bare, s_genes=found["S"], g2m_genes=found["G2M"], random_state=seed
+        single, s_genes=found["S"], g2m_genes=found["G2M"], random_state=seed
     )
-    return bare.obs[["S_score", "G2M_score", "phase"]], found
+    scores = ["S_score", "G2M_score"]
+    weights = np.zeros((len(names), 2))
+    weights[first] = single.obs[scores] / np.where(totals > 0, totals, 1)[:, None]
+    table = pd.DataFrame(np.concatenate([block @ weights for block in blocks]), columns=scores)
+    higher = np.where(table["G2M_score"] > table["S_score"], "G2M", "S")
+    table["phase"] = np.where((table[scores] < 0).all(axis=1), "G1", higher)
+    return table, found
 
 
 def _of(penalty: str) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from analysis.cell_sums import EPSILON, LARGEST_LOG_VALUE
 from analysis.chunked import Chunked
 from analysis.features import Matrix
 from analysis.groups import as_mask
-from sae_jax.errors import InputError
+from sae_jax.errors import InputError, counted
 
 COUNTS_PER_PROFILE = 1e4
 MIN_DONORS = 3
@@ -157,10 +157,11 @@ def _at_once(expression: Chunked, work: _Work, block: int, memory_bytes: int) ->
             "fewer features."
         )
     logging.info(
-        "pseudobulk: %s cells x %s genes in blocks of %s cells, %d donors, %d features in %d "
-        "passes, at most %s%s",
-        f"{expression.shape[0]:,}", f"{work.n_genes:,}", f"{expression.rows:,}", work.n_donors,
-        features, -(-features // at_once), chunked.size(fixed + sums * at_once), held.where,
+        "pseudobulk: %s x %s in blocks of %s, %s, %s in %s, at most %s%s",
+        counted(expression.shape[0], "cell"), counted(work.n_genes, "gene"),
+        counted(expression.rows, "cell"), counted(work.n_donors, "donor"),
+        counted(features, "feature"), counted(-(-features // at_once), "pass", "passes"),
+        chunked.size(fixed + sums * at_once), held.where,
     )  # fmt: skip
     return int(at_once), block
 

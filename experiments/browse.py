@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 
 from absl import flags, logging
 
+from analysis.browser.study_panels import PANELS
 from experiments import cli, verify
 from sae_jax import InputError, files
 
@@ -56,7 +57,9 @@ def define_flags() -> None:
     flags.DEFINE_integer("neurons", 40, "Neurons in it.", 0)
     flags.DEFINE_integer("repeats", 8, "Items that come twice.", 0)
     flags.DEFINE_list("raters", None, "Names of those who answer.")
-    flags.DEFINE_list("panels", None, "What an item shows; default: all that it may.")
+    flags.DEFINE_list(
+        "panels", None, f"What an item shows, of {','.join(PANELS)}; default: all that it may."
+    )
     flags.DEFINE_integer("seed", 0, "Of the draw.", 0)
     verify.define_flag()
 
@@ -78,7 +81,6 @@ def main(folders: list[str]) -> None:
         check_export(Path(FLAGS.export))
     state = safety.check_state(Path(FLAGS.state) if FLAGS.state else default_state(paths[0]))
     gene_info = None if FLAGS.gene_info is None else Path(FLAGS.gene_info)
-    logging.info("opening; the first time an index is made: seconds to a minute")
     hidden = {} if FLAGS.columns is None else {"columns": FLAGS.columns}
     run = Run.open(paths, state, gene_info, **hidden)
     if FLAGS.export:

@@ -57,6 +57,7 @@ from experiments.cell_type_features import Cells, Study, study
 from experiments.cell_type_inputs import Inputs
 from experiments.cell_type_layers import Layer
 from sae_jax import InputError, files
+from sae_jax.errors import counted
 
 FLAGS = flags.FLAGS
 
@@ -130,6 +131,9 @@ def main() -> None:
     inputs = cell_type_inputs.read()
     for layer in inputs.layers:
         ways_of(layer)
+    known = [layer.name for layer in inputs.layers]  # none, of layers to be extracted
+    if known and FLAGS.shown_layer not in (None, *known):
+        raise InputError(f"--shown_layer={FLAGS.shown_layer} is not one of {', '.join(known)}")
     with folders.filled(out, SETTINGS, inputs.settings, (*FILES, "studied"), SHOWN):
         # 2. The layers.
         found = inputs.layers
@@ -186,9 +190,13 @@ def check_flags() -> None:
         raise InputError("--layers are of --stores or --checkpoint; there is neither")
     if FLAGS["limit"].present and not FLAGS.checkpoint:
         raise InputError("--limit is of what is extracted from --checkpoint; there is none")
+    if FLAGS.checkpoint and not Path(FLAGS.checkpoint).is_dir():
+        raise InputError(f"--checkpoint={FLAGS.checkpoint} is no folder of a model")
     for name in ("learning_rate", "shown_l1_weight"):
         if not math.isfinite(FLAGS[name].value):
             raise InputError(f"--{name}={FLAGS[name].value} must be a finite number")
+    if FLAGS.learning_rate == 0:
+        raise InputError("--learning_rate=0 must be above 0")
     for name, kind in {"l1_weights": float, "expansions": float}.items():
         numbers(name, kind)
     for reduction in FLAGS.reductions:
@@ -273,8 +281,8 @@ def train(layer: Layer, rows: str, inputs: Cells, out: Path) -> sae_jax.Run:
         provenance={**layer.provenance, "rows": rows},
     )  # fmt: skip
     logging.info(
-        "%s: %d dictionaries of %s in %.0f s", layer.name, len(configs), rows,
-        time.perf_counter() - began,
+        "%s: %s of %s in %.0f s", layer.name, counted(len(configs), "dictionary", "dictionaries"),
+        rows, time.perf_counter() - began,
     )  # fmt: skip
     return run
 

@@ -44,14 +44,19 @@ def main() -> None:
     program = sys.argv[1] if len(sys.argv) > 1 else ""
     if program not in PROGRAMS:
         lines = [f"  {name:<12} {what}" for name, what in PROGRAMS.items()]
-        print("usage: sae-jax PROGRAM [--flags]", *lines, sep="\n", file=sys.stderr)
-        print("flags of a program: sae-jax PROGRAM --help", file=sys.stderr)
-        sys.exit(0 if program in ("-h", "--help", "--helpfull") else 2)
+        lines += [
+            "flags of a program: sae-jax PROGRAM --help",
+            "a program of its own extracts embeddings from foundation models: sae-jax-extract",
+        ]
+        asked = program in ("-h", "--help", "--helpfull")
+        out = sys.stdout if asked else sys.stderr
+        print("usage: sae-jax PROGRAM [--flags]", *lines, sep="\n", file=out)
+        sys.exit(0 if asked else 2)
     try:
         module = importlib.import_module(f"experiments.{MODULES.get(program, program)}")
     except ModuleNotFoundError as error:
         print(
-            f"error: {program} needs {error.name}, of an optional extra (README, Install)",
+            f"error: {program} needs {error.name}, of an optional extra (README, Start)",
             file=sys.stderr,
         )
         sys.exit(2)
@@ -82,6 +87,8 @@ def launch(
         except flags.Error as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
+        except SystemExit:  # of --help, which absl ends with 1
+            sys.exit(0)
 
     def run(given: Sequence[str]) -> None:
         if len(given) > 1 and arguments is None:

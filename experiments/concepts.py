@@ -16,6 +16,12 @@ logistic regression learns from concepts and from neurons, semi-NMF and other me
 in the model. A gene drives a concept by what it has or by what it lacks in the prototypes: the
 concept of unstimulated cells falls when ISG15 rises.
 
+With --out_of_core counts stay in their file and are read a block of cells at a time; results are
+the same. In --memory_gib are blocks and the sums of differential expression, then the genes of the
+cells that labels are learned from (--per_class); held beside it is what has a row a cell: the
+embedding, concepts, obs. An scVI is not trained so: scvi-tools would sort the cells of each batch
+of a file, and make another model.
+
 Each stage leaves its files and is not done again with --resume. Kang's 2,000 cells of 9,015 genes:
 about 10 minutes on two cores. It must show: a concept that tells stimulated from control cells
 (AUROC > .9), interferon genes among those attributed to it and interferon response among its terms;
@@ -77,6 +83,7 @@ FILES = {
     "manifest.json": "size and SHA-256 of every file",
 }
 KEPT = ("embedding.npy", "attribution", run_folder.MAP)
+SHOWN = ("follow", "memory_gib", "out_of_core")  # settings that change no result
 
 
 def define_flags() -> None:
@@ -120,6 +127,7 @@ def define_flags() -> None:
     flags.DEFINE_bool("overwrite", False, "Replace what an earlier run left in --workdir.")
     flags.DEFINE_bool("resume", False, "Continue an earlier run in --workdir.")
     reading.define_set_flags()
+    reading.define_memory_flags()
     verify.define_flag()
 
 
@@ -137,16 +145,21 @@ def main() -> None:
         raise InputError(f"--studied={FLAGS.studied} must be one of --n_latents={asked}")
     adata, labels, symbols = concepts_inputs.read()
     reading.load_sets(list(dict.fromkeys(symbols.values())), 100)
-    probes.split(labels.iloc[:, 0], *per_class, seed=FLAGS.seed)
+    split = probes.split(labels.iloc[:, 0], *per_class, seed=FLAGS.seed)
+    # What training would refuse: of the embedding only the width is not known yet.
+    n_train = round(adata.n_obs * (1 - study.VALIDATION))
+    study.configs(1, widths, seeds, n_train, FLAGS.learning_rate, FLAGS.k_share)
     source = concepts_inputs.source(adata)
+    if FLAGS.out_of_core:
+        phases = min(len(labels), len(probes.PHASES) * sum(per_class))
+        concepts_inputs.check_memory(source, max(len(split.train) + len(split.test), phases))
     settings = settings_of_flags()
-    with folders.filled(out, SETTINGS, settings, (*FILES, *KEPT), ("follow",)):
+    with folders.filled(out, SETTINGS, settings, (*FILES, *KEPT), SHOWN):
         # 2. The model and its embedding; dictionaries of it.
         subject = concepts_inputs.subject(adata, labels, symbols, source, out)
         chosen = study.configs(
-            subject.x.shape[1], widths, seeds, round(len(subject.x) * (1 - study.VALIDATION)),
-            FLAGS.learning_rate, FLAGS.k_share,
-        )  # fmt: skip
+            subject.x.shape[1], widths, seeds, n_train, FLAGS.learning_rate, FLAGS.k_share
+        )
         run, train, held_out = study.trained(
             subject.x, chosen, FLAGS.epochs, FLAGS.seed, out / "sweep"
         )

@@ -16,6 +16,7 @@ from analysis import concept_terms, stability
 from analysis.neurons import Neurons
 from experiments import concepts_study as study
 from experiments import folders, replicates, run_folder
+from experiments import inputs as reading
 from experiments.concepts_study import Subject
 from sae_jax import files
 
@@ -106,7 +107,9 @@ def explain(
         describe_genes(table, every, scores, subject)
     dge = study.kept(
         out / "dge.parquet",
-        lambda: study.differences(subject, z[:, latents], names["concepts"]),
+        lambda: study.differences(
+            subject, z[:, latents], names["concepts"], reading.memory_bytes()
+        ),
     )
     fold = study.wide(dge, "log2_fold_change", names["concepts"])
     if scores is None:

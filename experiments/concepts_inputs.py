@@ -19,10 +19,11 @@ import pandas as pd
 from absl import flags, logging
 
 import extract
-from analysis import cells
+from analysis import cells, chunked
 from experiments import inputs as reading
 from experiments import scvi_model
 from experiments.concepts_study import Subject
+from extract import cells as lazy
 from extract import provenance, store
 from sae_jax import InputError, data, files
 
@@ -37,7 +38,7 @@ def read() -> tuple[anndata.AnnData, pd.DataFrame, dict[str, str]]:
         raise InputError("--h5ad is needed: an AnnData file with counts")
     if not FLAGS.labels:
         raise InputError("--labels is needed: columns of obs that describe the cells")
-    adata = cells.read(FLAGS.h5ad)
+    adata = opened()
     labels = pd.DataFrame({name: cells.labels(adata, name) for name in FLAGS.labels})
     if FLAGS.counts == "raw" and adata.raw is None:
         raise InputError(f"--counts=raw: {FLAGS.h5ad} has no raw")
@@ -46,6 +47,18 @@ def read() -> tuple[anndata.AnnData, pd.DataFrame, dict[str, str]]:
         raise InputError(f"--gene_symbols: var has no column {FLAGS.gene_symbols}")
     named = var.index if FLAGS.gene_symbols is None else var[FLAGS.gene_symbols]
     return adata, labels, dict(zip(var.index.astype(str), named.astype(str), strict=True))
+
+
+def opened() -> anndata.AnnData:
+    """The cells; with --out_of_core their counts stay in the file, and of matrices there are these
+    alone."""
+    if not FLAGS.out_of_core:
+        return cells.read(FLAGS.h5ad)
+    counts = FLAGS.counts
+    if counts is None and FLAGS.embedding is not None:
+        counts = _or_none(store.open(FLAGS.embedding).extraction["counts"], "X")
+    cells.stored(FLAGS.h5ad, counts or "X", memory_bytes=reading.block_bytes())  # refuses
+    return lazy.open_backed(FLAGS.h5ad, counts)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -81,6 +94,11 @@ def source(adata: anndata.AnnData) -> Source:
     if FLAGS.checkpoint is None:
         if FLAGS.model not in (None, "scvi"):
             raise InputError(f"--checkpoint is needed: the folder of the {FLAGS.model}")
+        if FLAGS.out_of_core:
+            raise InputError(
+                "an scVI is trained on cells in memory: with --out_of_core give a trained one by "
+                "--checkpoint (of some of the cells, say), or rows by --embedding"
+            )
         scvi_model.check_installed()
         if FLAGS.counts is not None:
             raise InputError("an scVI is trained on X: leave --counts out, or give a --checkpoint")
@@ -118,8 +136,7 @@ def _of_store(adata: anndata.AnnData) -> Source:
             f"({adata.obs_names[at < 0][0]} first): it is of other cells"
         )
     x = data.check_rows(np.asarray(found.X[:], np.float32)[at], str(found.path))
-    genes = None if about["genes"] == "var_names" else about["genes"]
-    counts = None if about["counts"] == "X" else about["counts"]
+    genes, counts = _or_none(about["genes"], "var_names"), _or_none(about["counts"], "X")
     model, folder = None, FLAGS.checkpoint or about["checkpoint"]
     if FLAGS.checkpoint is None and not Path(folder).exists():
         logging.warning("%s, the model of %s, is not there: its genes cannot be exchanged", folder,
@@ -157,7 +174,7 @@ def _check(
             f"would be exchanged: {provenance.differences(theirs, asked)}"
         )
     some = np.unique(np.linspace(0, adata.n_obs - 1, SOME).astype(int))
-    again = model.embed(adata[some].copy(), about["layer"], genes=genes, counts=counts)
+    again = model.embed(lazy.restrict(adata, some), about["layer"], genes=genes, counts=counts)
     again = again[about["layer"]]
     off = np.abs(again - x[some]).mean() / np.abs(again).mean()
     if not off <= APART:
@@ -165,6 +182,27 @@ def _check(
             f"{found.path} has other rows than the model gives of {FLAGS.h5ad} (they differ by "
             f"{off:.0%}): are these the counts that were extracted?"
         )
+
+
+def check_memory(given: Source, n_cells: int) -> None:
+    """Of --out_of_core: the genes of cells to learn from are in memory, all at once.
+
+    Raises:
+      InputError: --memory_gib has no place for those of so many cells.
+    """
+    counts = given.counts or "X"
+    blocks, *_ = cells.stored(FLAGS.h5ad, counts, memory_bytes=reading.block_bytes())
+    wanted = blocks.block_bytes * (len(blocks.cuts) - 1) * n_cells // blocks.shape[0]
+    if wanted > reading.memory_bytes():
+        raise InputError(
+            f"labels are learned from the genes of up to {n_cells:,} cells, which take some "
+            f"{chunked.size(wanted)}, of --memory_gib={FLAGS.memory_gib:g}: give more, or lower "
+            f"--per_class={','.join(FLAGS.per_class)}"
+        )
+
+
+def _or_none(named: str, default: str) -> str | None:
+    return None if named == default else named
 
 
 def _plain(value: Any) -> Any:
@@ -198,26 +236,28 @@ def subject(
                 np.save(file, model.embed(adata, layer, **options)[layer])
         x = data.check_rows(np.load(path), "the embedding")
     # Expression by the names that the model's genes have in the file, so that it is the same gene.
-    expression = cells.expression(adata, given.counts or "X", "counts", given.genes)
+    expression = reading.expression_of(
+        adata, FLAGS.h5ad, given.counts or "X", "counts", given.genes, reading.block_bytes()
+    )
     measured = {gene: i for i, gene in enumerate(expression.genes)}
-    total = np.asarray(expression.x.sum(axis=0)).ravel()
+    means = expression.means
     exchanged = list(expression.genes) if model is None else model.plan(adata, **options).genes
     known = [gene for gene in exchanged if gene in measured]
     # Of several genes with one symbol the most expressed; the order is the model's.
     named = given.genes is not None and given.genes == FLAGS.gene_symbols
     symbol_of = {gene: gene if named else symbols.get(gene, gene) for gene in known}
     best: dict[str, str] = {}
-    for gene in sorted(known, key=lambda gene: -total[measured[gene]]):
+    for gene in sorted(known, key=lambda gene: -means[measured[gene]]):
         best.setdefault(symbol_of[gene], gene)
     chosen = [gene for gene in known if best[symbol_of[gene]] == gene]
     if len(chosen) < 100:
         raise InputError(
             f"{len(chosen)} genes of the model have measured expression: too few for enrichment"
         )
-    columns = [measured[gene] for gene in chosen]
+    columns = np.array([measured[gene] for gene in chosen])
     names = np.asarray([symbol_of[gene] for gene in chosen], object)
     return Subject(
         adata=adata, model=model, model_name=given.name, layer=layer, options=options, x=x,
-        labels=labels, expression=cells.Expression(expression.x[:, columns], names),
+        labels=labels, expression=expression.of_genes(columns, names),
         genes=np.asarray(chosen, object), exchanged=exchanged, sets=reading.load_sets(list(names)),
     )  # fmt: skip

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import anndata
 import numpy as np
 import pandas as pd
 from absl import flags, logging
@@ -17,6 +16,7 @@ from analysis import baselines, causal, probes, semi_nmf
 from experiments import concepts_study as study
 from experiments.concepts_explained import Explained
 from experiments.concepts_study import Subject
+from extract.cells import restrict
 from sae_jax import InputError
 
 FLAGS = flags.FLAGS
@@ -171,10 +171,8 @@ def reconstructions(coders: dict[str, Any], x: np.ndarray) -> pd.DataFrame:
 def phases(subject: Subject, seed: int) -> dict[str, pd.Series]:
     """Cell-cycle phases as labels; none where too few of their genes are measured to score them, or
     fewer than two phases have twenty cells."""
-    adata = anndata.AnnData(subject.expression.x, obs=pd.DataFrame(index=subject.adata.obs_names))
-    adata.var_names = subject.expression.genes.astype(str)
     try:
-        found, genes = probes.cell_cycle(adata, seed=seed)
+        found, genes = probes.cell_cycle(subject.expression.x, subject.expression.genes, seed)
     except InputError as error:
         logging.warning("no cell cycle: %s", error)
         return {}
@@ -218,7 +216,7 @@ def causal_tests(
     some = np.sort(rng.permutation(subject.adata.n_obs)[:CAUSAL_CELLS])
     outputs = [name for name, of in subject.model.outputs.items() if of == "cell"]  # a row each
     site = causal.Site(
-        subject.model, subject.adata[some].copy(), subject.layer, outputs=outputs,
+        subject.model, restrict(subject.adata, some), subject.layer, outputs=outputs,
         options=subject.options,
     )  # fmt: skip
 

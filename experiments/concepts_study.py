@@ -33,8 +33,10 @@ from analysis import (
 from analysis.gene_sets import GeneSets
 from experiments import folders, run_folder
 from sae_jax import InputError, data, files
+from sae_jax.errors import counted
 
 VALIDATION = 0.1  # Claye: trained on nine tenths of the cells
+FEWEST = 16  # cells of a batch
 GROUP = 1000  # cells on each side of differential expression, at most
 IMPORTANT = 0.05  # attribution beyond which a gene counts
 METHODS = ("attribution", "dge")
@@ -49,12 +51,12 @@ class Subject:
     """Cells, and what a model makes of them.
 
     Attributes:
-      adata: the cells; the model's expression is there.
+      adata: the cells; the model's expression is there, in memory or in a file.
       model: a reader of `extract`, or None where its weights are not there; `layer`, `options` (of
         `model.embed`) say what is embedded. model_name: also known then.
       x: the embedding [cells, d].
       expression: ln(1 + counts per ten thousand) [cells, genes], of the genes that the model knows
-        and that were measured, by symbol.
+        and that were measured, by symbol; in blocks where it stays in its file.
       genes: the same in the model's names.
       exchanged: all genes that attribution exchanges, in its order; without a model unused.
       labels: columns of obs that describe cells.
@@ -103,11 +105,16 @@ def configs(
     """TopK dictionaries as in the paper: auxiliary loss, no decoder bias, k a share of c.
 
     Batches are of 1,024 cells, or a sixteenth of them where cells are few.
+
+    Raises:
+      InputError: fewer cells than a batch, or a rate or share that cannot be.
     """
+    if rows < FEWEST:
+        raise InputError(f"{counted(rows, 'cell')} to train on: at least {FEWEST} are needed")
     return [
         sae_jax.SAEConfig.preset(
             "claye", d_in=d_in, n_latents=c, k=max(1, round(k_share * c)), seed=seed,
-            learning_rate=learning_rate, batch_size=max(16, min(1024, rows // 16)),
+            learning_rate=learning_rate, batch_size=max(FEWEST, min(1024, rows // 16)),
             input_normalization="none",
         )
         for c in n_latents
@@ -180,7 +187,7 @@ def attributed(
             subject.model, coder, subject.adata, latents, embedding=subject.x,
             options=_options(subject), folder=folder / kind, samples=True, **samples,
         )  # fmt: skip
-        logging.info("%s: %s", kind, found.forwards)
+        logging.info("attribution, %s: %s", kind, found.forwards)
         tables.append(_long(names, subject, attribution=found.scores[:, columns]))
         singles.append(single_samples(found, columns, names, subject.expression.genes))
     tables, singles = pd.concat(tables, ignore_index=True), pd.concat(singles, ignore_index=True)
@@ -278,13 +285,15 @@ def _long(names: Sequence[str], subject: Subject, **tables: np.ndarray) -> pd.Da
 
 
 def differences(
-    subject: Subject, z: sparse.csr_matrix, names: Sequence[str], most: int = GROUP
-) -> pd.DataFrame:
+    subject: Subject, z: sparse.csr_matrix, names: Sequence[str], memory_bytes: int,
+    most: int = GROUP,
+) -> pd.DataFrame:  # fmt: skip
     """DGE of appendix C, of every column of z: at most 1000 top cells against as many silent ones
-    nearest to them. One row per feature and gene; NaN without both groups."""
+    nearest to them. One row per feature and gene; NaN without both groups. `memory_bytes`: as of
+    `differential.welch`."""
     high, active = groups.top_n(z, most)
     low = groups.nearest_silent(subject.x, high, active, most)
-    found = differential.welch(subject.expression.x, high, low=low)
+    found = differential.welch(subject.expression.x, high, low=low, memory_bytes=memory_bytes)
     table = _long(
         names, subject, t=found.t, log2_fold_change=found.log2_fold_change,
         log10_p=-np.log10(np.maximum(found.p, 1e-320)),

@@ -22,7 +22,7 @@ from absl import flags, logging
 
 import sae_jax
 from sae_jax import InputError, SAEConfig
-from sae_jax.errors import MOST, brief
+from sae_jax.errors import MOST, brief, counted
 from sae_jax.reading import check_file, read_json, reading
 
 FLAGS = flags.FLAGS
@@ -214,7 +214,7 @@ def _presets(found: Any) -> dict[str, dict[str, Any]]:
 def describe(configs: Sequence[SAEConfig]) -> str:
     """How many configurations and programs, and the values of every field that varies."""
     programs = len({config.architecture for config in configs})
-    lines = [f"{len(configs)} configurations -> {programs} programs"]
+    lines = [f"{counted(len(configs), 'configuration')} -> {counted(programs, 'program')}"]
     for preset in dict.fromkeys(config.name for config in configs):
         members = [config.to_dict() for config in configs if config.name == preset]
         lines.append(f"  {preset}: {len(members)}")

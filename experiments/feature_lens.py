@@ -17,7 +17,8 @@ dictionaries it comes back, and --consensus saves a dictionary of those that do.
 
 With --out_of_core expression stays in its file and is read a block of cells at a time, in passes
 over the cells, in --memory_gib, of which the log says what is used; results are the same. Held
-beside it are the embedding and the activations (the non-zero ones), obs, and the gene sets.
+beside it are the embedding and the activations (the non-zero ones), obs, and the gene sets. Tables
+beyond a quarter of --memory_gib go to a file in TMPDIR.
 
 Each stage leaves its files and is not done again with --resume. Zheng's 3,774 cells, 20 dimensions
 -> 10,000 latents, 1,500 GO terms: about 6 minutes on two cores, half of it training.
@@ -55,6 +56,7 @@ from experiments import inputs as reading
 from experiments.feature_lens_dictionaries import activations, history, saved, trained
 from experiments.inputs import Inputs
 from sae_jax import InputError, files
+from sae_jax.errors import counted
 
 FLAGS = flags.FLAGS
 
@@ -133,17 +135,7 @@ def define_flags() -> None:
     flags.DEFINE_list("highlight", None, "Features to mark in the figures: feature_12, ...")
     flags.DEFINE_string("top_level", None, "OBO file whose slim or first level colours the map.")
     flags.DEFINE_integer("top", 20, "Features with a section of their own on the page.", 0)
-    flags.DEFINE_float(
-        "memory_gib",
-        4.0,
-        "Of the work beside its inputs; tables beyond a quarter of it go to a file in TMPDIR.",
-        0,
-    )
-    flags.DEFINE_bool(
-        "out_of_core",
-        False,
-        "Leave expression in its file; --memory_gib has blocks of cells and their sums in it, too.",
-    )
+    reading.define_memory_flags()
 
 
 def main() -> None:
@@ -151,8 +143,7 @@ def main() -> None:
     # 1. Refuse what is wrong before anything is written.
     check_flags()
     out = folders.check_workdir(SETTINGS)
-    block_bytes = int(FLAGS.memory_gib * 2**30 / 8) if FLAGS.out_of_core else None
-    inputs = reading.read("workdir", gene_sets.MIN_UNIVERSE, block_bytes)
+    inputs = reading.read("workdir", gene_sets.MIN_UNIVERSE, reading.block_bytes())
     asked = {key: given for key, given in inputs.settings.items() if key not in folders.IGNORED}
     everything = dataclasses.replace(inputs, settings=asked)
     inputs = within(everything)
@@ -164,6 +155,7 @@ def main() -> None:
     dictionaries = saved(inputs)
     z, live = activations(dictionaries[0], inputs) if dictionaries else (None, None)
     check_highlight(live)
+    check_memory(inputs, FLAGS.n_latents if live is None else len(live))
     read = ("gene_sets", "obo", "gene_table", "embedding", "dictionary", "top_level")
     paths = [inputs.settings["h5ad"], *(FLAGS[name].value for name in read)]
     settings = inputs.settings | {"contents": folders.contents([*paths, *(FLAGS.replicates or ())])}
@@ -175,7 +167,8 @@ def main() -> None:
             z, live = activations(dictionaries[0], inputs)
             check_highlight(live)
         dictionary = dictionaries[0]
-        logging.info("%d of %d features are live", len(live), dictionary.config.n_latents)
+        whole = counted(dictionary.config.n_latents, "feature")
+        logging.info("live: %s of %s", f"{len(live):,}", whole)
         again = None
         if len(dictionaries) > 1:
             found = replicates.replicated(
@@ -237,9 +230,12 @@ def within(inputs: Inputs) -> Inputs:
 
 def check_flags() -> None:
     """Refuse numbers that are none."""
-    for name in ("l1_weight", "learning_rate", "percentile", "memory_gib"):
+    for name in ("l1_weight", "learning_rate", "percentile"):
         if not math.isfinite(FLAGS[name].value):
             raise InputError(f"--{name}={FLAGS[name].value} must be a finite number")
+    if FLAGS.learning_rate == 0:
+        raise InputError("--learning_rate=0 must be above 0")
+    reading.memory_bytes()
 
 
 def check_highlight(live: np.ndarray | None) -> None:
@@ -249,6 +245,18 @@ def check_highlight(live: np.ndarray | None) -> None:
         raise InputError(
             f"--highlight: {', '.join(missing)} is no live feature; one is {min(names)}"
         )
+
+
+def check_memory(inputs: Inputs, n_features: int) -> None:
+    """Refuse memory in which so many features, or those of a null, cannot be tested."""
+    most = max(n_features, FLAGS.null_sample, inputs.embedding.shape[1])
+    try:
+        lens.passes(
+            inputs.expression, most, len(inputs.sets.names), null_features=FLAGS.null_features,
+            memory_bytes=reading.memory_bytes(),
+        )  # fmt: skip
+    except InputError as error:
+        raise InputError(f"--memory_gib={FLAGS.memory_gib:g}: {error}") from None
 
 
 def check_cells(n_cells: int, rule: lens.Rule) -> None:
@@ -283,10 +291,10 @@ def annotate(
     """Every feature against every gene and term; the tables, what was named, the calibration."""
     found, known = lens.annotate(
         z, inputs.expression, inputs.sets, rule, null_features=FLAGS.null_features,
-        seed=FLAGS.seed, memory_bytes=int(FLAGS.memory_gib * 2**30),
+        seed=FLAGS.seed, memory_bytes=reading.memory_bytes(),
     )  # fmt: skip
     names = lens.feature_names(live)
-    lens.write(found, names, out / "enrichment.parquet", memory_bytes=int(FLAGS.memory_gib * 2**30))
+    lens.write(found, names, out / "enrichment.parquet", memory_bytes=reading.memory_bytes())
     for name, table in {"genes": found.top, "top_terms": found.best()}.items():
         table = table.assign(feature=names[table["feature"]])
         files.write_parquet(out / f"{name}.parquet", table)

@@ -10,7 +10,7 @@ from scipy import sparse
 import sae_jax
 from analysis import calibration, lens, nulls
 from experiments.feature_lens_page import PERMUTED, REAL
-from experiments.inputs import Inputs
+from experiments.inputs import Inputs, memory_bytes
 
 FLAGS = flags.FLAGS
 
@@ -56,7 +56,7 @@ def null_rates(
         of_terms = {"known": known} if some_sets is sets else {}
         null, _ = lens.annotate(
             activations, inputs.expression, some_sets, rule, null_features=FLAGS.null_features,
-            seed=FLAGS.seed + 2, memory_bytes=int(FLAGS.memory_gib * 2**30), progress=False,
+            seed=FLAGS.seed + 2, memory_bytes=memory_bytes(), progress=False,
             **of_terms,
         )  # fmt: skip
         shares = {test: null.share_named(test) for test in null.log_p}

@@ -20,8 +20,9 @@ from analysis import (
     stability,
 )
 from experiments import folders, run_folder
-from experiments.inputs import Inputs
+from experiments.inputs import Inputs, memory_bytes
 from sae_jax import files
+from sae_jax.errors import counted
 from sae_jax.reading import check_file, reading
 
 FLAGS = flags.FLAGS
@@ -103,7 +104,8 @@ def space(
 ) -> np.ndarray | None:
     """The map of the features by their terms [features, 2], where enough have any."""
     if len(annotated.annotated()) <= 10:
-        logging.info("%d features have terms: too few for a map", len(annotated.annotated()))
+        some = counted(len(annotated.annotated()), "feature")
+        logging.info("%s with terms: too few for a map", some)
         return None
     stored = out / "feature_space.parquet"
     if folders.readable(stored):
@@ -147,9 +149,7 @@ def write_every_gene(
     """The long table of all genes: feature, gene, t, log2_fold_change, log10_p (-log10), float32;
     NaN where a gene does not vary or a group has fewer than two cells."""
     found = groups.top_cells(z, rule.percentile)
-    prepared = differential.prepare(
-        inputs.expression.x, len(live), int(FLAGS.memory_gib * 2**30), tested=64
-    )
+    prepared = differential.prepare(inputs.expression.x, len(live), memory_bytes(), tested=64)
     names, genes = lens.feature_names(live), inputs.expression.genes
 
     def parts() -> Iterator[pd.DataFrame]:

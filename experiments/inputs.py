@@ -3,6 +3,7 @@ features read, checked before any work."""
 
 import dataclasses
 import importlib.util
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from analysis import cells, gene_sets
 from experiments import verify
 from extract import store
 from sae_jax import InputError, data
+from sae_jax.errors import counted
 
 FLAGS = flags.FLAGS
 
@@ -80,6 +82,28 @@ def define_set_flags() -> None:
     )
 
 
+def define_memory_flags() -> None:
+    """Of cells that no memory holds."""
+    flags.DEFINE_float("memory_gib", 4.0, "Of the work beside its inputs.", 0)
+    flags.DEFINE_bool(
+        "out_of_core",
+        False,
+        "Leave expression in its file; --memory_gib has blocks of cells and their sums in it, too.",
+    )
+
+
+def memory_bytes() -> int:
+    """Of --memory_gib."""
+    if not math.isfinite(FLAGS.memory_gib):
+        raise InputError(f"--memory_gib={FLAGS.memory_gib} must be a finite number")
+    return int(FLAGS.memory_gib * 2**30)
+
+
+def block_bytes() -> int | None:
+    """Of these, for a block of cells whose expression stays in its file; None: it is read."""
+    return memory_bytes() // 8 if FLAGS.out_of_core else None
+
+
 def read(beside: str, min_universe: int = 0, block_bytes: int | None = None) -> Inputs:
     """Everything the flags name, checked before any work.
 
@@ -116,12 +140,10 @@ def read(beside: str, min_universe: int = 0, block_bytes: int | None = None) -> 
         embedding = rows_of(FLAGS.embedding, adata.n_obs)
     elif FLAGS.embedding is not None:
         embedding = cells.embedding(adata, FLAGS.embedding)
-    if block_bytes is None:
-        expression = cells.expression(adata, source, kind, FLAGS.gene_symbols)
-    else:
-        expression = cells.parts(path, source, kind, FLAGS.gene_symbols, memory_bytes=block_bytes)
+    expression = expression_of(adata, path, source, kind, FLAGS.gene_symbols, block_bytes)
     sets = load_sets(expression.genes, min_universe)
-    logging.info("%d cells, %d genes; %s", adata.n_obs, len(expression.genes), sets.coverage)
+    read_of = counted(adata.n_obs, "cell"), counted(len(expression.genes), "gene")
+    logging.info("%s, %s; %s", *read_of, sets.coverage)
     if embedding is None:
         embedding = cells.pca(expression.x, FLAGS.pca)
     if not np.ptp(embedding, axis=0).any():
@@ -136,6 +158,16 @@ def read(beside: str, min_universe: int = 0, block_bytes: int | None = None) -> 
         settings=settings, obs=adata.obs, expression=expression, embedding=embedding,
         labels=labels, sets=sets,
     )  # fmt: skip
+
+
+def expression_of(
+    adata: Any, path: str | Path, source: str, kind: str, symbols: str | None,
+    block_bytes: int | None,
+) -> cells.Expression:  # fmt: skip
+    """That of cells in memory, or (`block_bytes`) of the file they are of; see `cells`."""
+    if block_bytes is None:
+        return cells.expression(adata, source, kind, symbols)
+    return cells.parts(path, source, kind, symbols, memory_bytes=block_bytes)
 
 
 def load_sets(genes: Sequence[str], min_universe: int = 0) -> gene_sets.GeneSets:

@@ -30,6 +30,7 @@ from sae_jax import (
     together,
     workdir,
 )
+from sae_jax.errors import counted
 from sae_jax.state import History
 from sae_jax.streaming import Rows
 
@@ -91,6 +92,8 @@ def join() -> None:
         distributed.join()
         asked = json.dumps(given_flags(), sort_keys=True).encode()
         distributed.check_same(hashlib.sha256(asked).digest(), "other flags")
+        if not distributed.is_first():
+            logging.set_verbosity(logging.WARNING)  # what all have to tell, the first tells
 
 
 def check_workdir(out: Path, settings: str) -> Path:
@@ -231,7 +234,8 @@ def train(
     except BaseException:
         logging.error("stopped; the same command continues from what %s holds", out)
         raise
-    logging.info("%d configurations in %.0f s", len(configs), time.perf_counter() - began)
+    done = counted(len(configs), "configuration")
+    logging.info("%s in %.0f s", done, time.perf_counter() - began)
     return run
 
 

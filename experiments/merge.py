@@ -21,6 +21,7 @@ from absl import flags
 from analysis import plots
 from experiments import cli, sharding, sweep
 from sae_jax import InputError, files, manifest, workdir
+from sae_jax.errors import counted
 from sae_jax.reading import read_object
 
 FLAGS = flags.FLAGS
@@ -49,14 +50,15 @@ def main() -> None:
         print(told)
     if not finished or (missing and not FLAGS.partial):
         raise InputError(
-            f"{len(missing)} shards are missing or not finished; train them (above), or give "
-            "--partial"
+            f"{counted(len(missing), 'shard')} missing or not finished: give the commands above, "
+            "or --partial"
         )
     results = gather(finished, out)
     split = "validation" if "validation_r2" in results else "train"
     plots.save(plots.frontier(results, split=split), out / "figures", "frontier")
     manifest.add(out, "figures")
-    print(f"{out}/: {len(results)} configurations of {len(finished)} shards")
+    many = counted(len(results), "configuration")
+    print(f"{out}/: {many} of {counted(len(finished), 'shard')}")
     print(f"\nbest {split} R² at their L0")
     print(sweep.best(results, split))
 
@@ -77,7 +79,10 @@ def look(folder: Path) -> tuple[dict[Path, dict[str, Any]], list[str]]:
     [count] = counts
     places = [folder / f"shard-{index:03d}-of-{count:03d}" for index in range(count)]
     if strange := sorted(set(found) - set(places)):
-        raise InputError(f"{strange[0]} is none of the shards 0 to {count - 1}: take it away")
+        raise InputError(
+            f"{strange[0]} is none of --shard_index=0 .. {count - 1} of --num_shards={count}: take "
+            "it away"
+        )
     # One that was killed before it noted what it was asked for has nothing visible in it.
     begun = [path for path in found if any(path.glob("[!.]*"))]
     settings = {path: sharding.read_settings(path / sweep.SETTINGS) for path in begun}
@@ -93,7 +98,7 @@ def look(folder: Path) -> tuple[dict[Path, dict[str, Any]], list[str]]:
         again = command(first, index, count, folder)
         if not (path / manifest.NAME).exists():
             state = "was not finished" if path in found else "is missing"
-            missing.append(f"shard {index} of {count} {state}: {again}")
+            missing.append(f"{sharding.flags_of(index, count)} {state}: {again}")
             continue
         try:
             manifest.check(path, "full")  # the whole gets a manifest of its own

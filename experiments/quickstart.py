@@ -41,6 +41,7 @@ from experiments import cli, folders, quickstart_page, run_folder, verify
 from experiments import inputs as reading
 from experiments.inputs import Inputs
 from sae_jax import InputError, data, files
+from sae_jax.errors import counted
 
 FLAGS = flags.FLAGS
 
@@ -113,7 +114,8 @@ def main() -> None:
         # What fires on held-out cells alone is noise.
         live = np.flatnonzero(z[train].getnnz(axis=0))
         z = z[:, live]
-        logging.info("naming %d live features by %d gene sets", len(live), len(inputs.sets.names))
+        some, sets = counted(len(live), "live feature"), counted(len(inputs.sets.names), "gene set")
+        logging.info("naming %s by %s", some, sets)
         found = annotate(z, inputs.expression, inputs.sets)
         rates = null_rates(z, inputs)
 

@@ -15,6 +15,7 @@ from analysis import stability
 from analysis.consensus import consensus
 from experiments import folders
 from sae_jax import InputError, files
+from sae_jax.errors import counted
 
 SCORES = (
     "replicated_by_direction", "replicated_by_activation", "best_cosine", "best_correlation"
@@ -50,7 +51,8 @@ def replicated(
             logging.warning("no consensus dictionary: %s", error)
         else:
             made.save(folder)
-            logging.info("%d features of %d dictionaries agree", made.config.n_latents, len(codes))
+            some = counted(made.config.n_latents, "feature")
+            logging.info("%d dictionaries agree on %s", len(codes), some)
     return found.features
 
 

@@ -92,6 +92,11 @@ def _give_to_the_idle(parts: list[list[Program]]) -> None:
         idle.append((each, members[kept:]))
 
 
+def flags_of(index: int, shards: int) -> str:
+    """Which shard, as a command names it."""
+    return f"--num_shards={shards} --shard_index={index}"
+
+
 def read_settings(path: Path) -> dict[str, Any]:
     """What a shard was asked for, and which places its configurations have in the whole.
 

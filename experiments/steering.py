@@ -8,7 +8,9 @@ Schuster 5.2. Candidates are the features that rise along --stages and are highe
 than elsewhere (A.3.2), the best those that move the first --cells farthest towards the last stage.
 Each is raised in each of --cells, to its maximum (the text) or to its mean in the last stage (the
 authors' code), and latents before and after go through the decoder in whose space they are. The
-error of the dictionary stays in the cells unless --nokeep_error. How to read the tests:
+error of the dictionary stays in the cells unless --nokeep_error. With --out_of_core expression
+stays in its file and is read a block of cells at a time, an eighth of --memory_gib each, beside the
+expression of the --most_cells that predictions are compared with. How to read the tests:
 `perturbation`. Gene sets are over the decoder's genes. Table S8 lists terms of at most 400 genes.
 """
 
@@ -16,7 +18,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import anndata
 import numpy as np
 import pandas as pd
 from absl import flags, logging
@@ -24,8 +25,9 @@ from scipy import sparse
 
 import extract
 import sae_jax
-from analysis import cells, lens, steering
+from analysis import cells, chunked, lens, steering
 from analysis.cells import Expression
+from analysis.chunked import Chunked
 from experiments import cli, folders, perturbation, steering_page, verify
 from experiments import inputs as reading
 from experiments.perturbation import Design, Subject
@@ -51,6 +53,7 @@ MISFIT = 0.5  # a decoder whose prediction correlates less with the cells is pro
 def define_flags() -> None:
     """Defines the flags; `cli.launch` calls this."""
     reading.define_flags()
+    reading.define_memory_flags()
     flags.DEFINE_string("workdir", None, "Folder to fill.")
     flags.DEFINE_bool("overwrite", False, "Replace what an earlier run left in --workdir.")
     flags.DEFINE_string("dictionary", None, "A saved dictionary's folder, or a lens run's workdir.")
@@ -85,7 +88,7 @@ def main() -> None:
     model = read_decoder(FLAGS.decoder)
     verify.inputs(FLAGS.dictionary)
     dictionary = sae_jax.Dictionary.load(dictionary_folder(FLAGS.dictionary))
-    inputs = reading.read("workdir")
+    inputs = reading.read("workdir", block_bytes=reading.block_bytes())
     subject = subject_of(inputs, dictionary, model)
     asked = check_genes(FLAGS.genes or [], subject.genes)
     z = dictionary.encode(subject.x, sparse=True)
@@ -205,16 +208,20 @@ def subject_of(inputs: reading.Inputs, dictionary: sae_jax.Dictionary, model: An
             f"{inputs.embedding.shape[1]}, the decoder's latents of {model.d_model}"
         )
     # The file again: its genes' names and counts, which the log expression has not.
-    adata = cells.read(inputs.settings["h5ad"])
+    path, source = (inputs.settings[name] for name in ("h5ad", "expression"))
+    adata = cells.annotations(path) if FLAGS.out_of_core else cells.read(path)
+    counts, var, _ = cells.stored(
+        path if FLAGS.out_of_core else adata, source,
+        memory_bytes=reading.block_bytes() or chunked.BLOCK_BYTES,
+    )  # fmt: skip
     batch = FLAGS.batch or getattr(model, "batch_key", None)
     if batch is not None and batch not in adata.obs:
         raise InputError(f"obs has no column {batch!r}, the batches that the decoder asks for")
-    source = adata.raw if inputs.settings["expression"] == "raw" else adata
-    genes = gene_names(model.genes, source.var, FLAGS.gene_symbols)
+    genes = gene_names(model.genes, var, FLAGS.gene_symbols)
     return Subject(
         dictionary=dictionary, model=model, x=inputs.embedding, labels=inputs.labels,
         names=adata.obs_names.to_numpy(str), genes=genes, sets=reading.load_sets(genes),
-        library=library(adata, inputs.settings, model.genes),
+        library=library(adata.obs, inputs.settings, counts, var.index, model.genes),
         batch=None if batch is None else adata.obs[batch].astype(str).to_numpy(),
         covariates=(
             model.covariate_latents(adata) if getattr(model, "covariates", None) else None
@@ -238,22 +245,24 @@ def gene_names(genes: list[str], var: pd.DataFrame, column: str | None) -> list[
     return found
 
 
-def library(adata: anndata.AnnData, settings: dict[str, Any], genes: list[str]) -> np.ndarray:
-    """Total counts of each cell [cells]: of --library, or over the decoder's genes."""
+def library(
+    obs: pd.DataFrame, settings: dict[str, Any], counts: Chunked, names: pd.Index, genes: list[str]
+) -> np.ndarray:
+    """Total counts of each cell [cells]: of --library, or over the decoder's genes; `names` are of
+    the columns of the counts."""
     if FLAGS.library is not None:
-        if FLAGS.library not in adata.obs:
+        if FLAGS.library not in obs:
             raise InputError(f"--library: obs has no column {FLAGS.library!r}")
-        totals = pd.to_numeric(adata.obs[FLAGS.library], errors="coerce").to_numpy(np.float64)
+        totals = pd.to_numeric(obs[FLAGS.library], errors="coerce").to_numpy(np.float64)
     elif settings["expression_is"] != "counts":
         raise InputError(
             "--library is needed: a column of obs with total counts, which log1p values do not tell"
         )
     else:
-        source = settings["expression"]
-        of = adata.raw if source == "raw" else adata
-        x = of.X if source in ("raw", "X") else adata.layers[source]
-        at = of.var_names.get_indexer(genes)
-        totals = np.asarray(x[:, at[at >= 0]].sum(axis=1, dtype=np.float64)).ravel()
+        at = names.get_indexer(genes)
+        at = at[at >= 0]
+        sums = [block[:, at].sum(axis=1, dtype=np.float64) for block in counts]
+        totals = np.asarray(np.concatenate(sums)).ravel()
     if bad := int((~(totals > 0) | ~np.isfinite(totals)).sum()):
         raise InputError(
             f"{bad} of {len(totals)} cells have no counts in the decoder's genes (their names are "

@@ -39,6 +39,7 @@ from absl import flags
 from analysis import plots
 from experiments import cli, configurations, jobs, sharding
 from sae_jax import InputError, SAEConfig, distributed, workdir
+from sae_jax.errors import counted
 
 FLAGS = flags.FLAGS
 
@@ -78,7 +79,7 @@ def main() -> None:
     positions = shard(configs, shards, index, len(rows["train"]), FLAGS.epochs, out)
     configs = [configs[position] for position in positions]
     if shards > 1:
-        print(f"shard {index} of 0 .. {shards - 1}: {len(configs)} of {whole} configurations")
+        print(f"{sharding.flags_of(index, shards)}: {len(configs)} of {whole} configurations")
     if distributed.is_first():
         print(configurations.describe(configs))
     if out is None:
@@ -108,7 +109,8 @@ def main() -> None:
     failed = int((run.results["status"] == "failed").sum())
     if failed:
         raise SystemExit(
-            f"error: {failed} configurations failed (see above); the same command tries them again"
+            f"error: {counted(failed, 'configuration')} failed (see above); the same command tries "
+            "again"
         )
 
 

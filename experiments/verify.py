@@ -18,6 +18,7 @@ from absl import flags, logging
 
 from experiments import cli
 from sae_jax import InputError, manifest
+from sae_jax.errors import counted
 
 FLAGS = flags.FLAGS
 
@@ -43,7 +44,7 @@ def main(folders: list[str]) -> None:
     bad = 0
     for folder in map(Path, folders):
         try:
-            print(f"{folder}: {look(folder, FLAGS.level)} files as they were left")
+            print(f"{folder}: {counted(look(folder, FLAGS.level), 'file')} as they were left")
         except ValueError as error:  # of either package
             print(f"{error}" if str(folder) in str(error) else f"{folder}: {error}")
             bad += 1
@@ -92,7 +93,11 @@ def look(folder: Path, level: manifest.Level) -> int:
         Dictionary.load(folder)
         return 2
     if not folder.is_dir():
-        raise InputError(f"there is no folder {folder}")
+        there = "is a file" if folder.exists() else "is not there"
+        raise InputError(
+            f"{folder} {there}: give folders that our programs left, of a run, an extraction store "
+            "(layer_11.zarr) or a dictionary"
+        )
     raise InputError(
         f"{folder} has no {manifest.NAME}: it was not finished (give its command again), is of an "
         "older version, or not of ours"

@@ -19,6 +19,11 @@ class InputError(ValueError):
         super().__init__(_cut("".join(map(_printable, message)), MOST))
 
 
+def counted(number: int, noun: str) -> str:
+    """A number and what it is of: 1 cell, 1,800 cells."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def listed(names: object, most: int = 5) -> str:
     """The first names and how many more there are, for a message of one line."""
     names = [one_line(name) for name in names]

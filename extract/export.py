@@ -38,7 +38,7 @@ def export_npy(path: Path) -> list[Path]:
     check_names(str(name) for names in columns or [found.obs.index] for name in names)
     folder, aside = path.parent, path.parent / store.EXPORTING
     manifest.entries(folder)  # damage is told before the work
-    targets = [path.with_suffix(".npy"), path.with_suffix(".names.txt")]
+    targets = [path.with_suffix(end) for end in store.EXPORTED]
     size = found.shape[0] * found.shape[1] * found.X.dtype.itemsize
     try:
         with disk.named(targets[0], size):

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 import extract
 from extract import InputError, cells, disk, export, manifest, provenance, store
+from extract.errors import counted
 from extract.models.base import Layer, Model, Plan, refuse_empty
 from extract.tokens import token_table
 
@@ -64,7 +65,9 @@ def define_flags() -> None:
         "export", None, ["npy"], "Also plain arrays beside their names; in a manifest.json."
     )
     flags.DEFINE_bool("dry_run", False, "Say what it would do, and how long it would take.")
-    flags.DEFINE_bool("overwrite", False, "Replace what --output holds of other extractions.")
+    flags.DEFINE_bool(
+        "overwrite", False, "Replace what --output holds of other extractions, and its exports."
+    )
 
 
 def main() -> None:
@@ -84,8 +87,8 @@ def main() -> None:
         options["dictionaries"] = FLAGS.dictionaries
     if not FLAGS.dry_run:
         store.check_writable(Path(FLAGS.output))
-        if FLAGS.export:
-            manifest.entries(Path(FLAGS.output))  # it will be added to
+        if FLAGS.export or FLAGS.overwrite:
+            manifest.entries(Path(FLAGS.output))  # it will be written anew
     adata = cells.open_backed(FLAGS.h5ad, FLAGS.counts)
     adata = cells.restrict(adata, chosen_rows(adata.obs))
     model = extract.load_model(
@@ -111,7 +114,8 @@ def main() -> None:
     if FLAGS.export and tokens is not None:
         export.check_names(tokens["gene"].cat.categories)
     spread = np.percentile(lengths, [0, 50, 100]).astype(int)
-    logging.info("%d cells; tokens a cell: %d .. %d, median %d", len(rows), *spread[[0, 2, 1]])
+    some = counted(len(rows), "cell")
+    logging.info("%s; tokens a cell: %d .. %d, median %d", some, *spread[[0, 2, 1]])
     try_one(model, plan, layers, pooling, empty)
     if FLAGS.dry_run:
         return forecast(model, plan, layers, pooling, rows, empty)
@@ -275,7 +279,7 @@ def forecast(
     size = int(rows.sum()) * model.d_model * width * len(layers)
     print(f"layers      {', '.join(map(str, layers))} ({pooling})")
     print(f"rows        {int(rows.sum())} x {model.d_model} a layer")
-    print(f"on disk     about {size / 2**30:.3g} GiB in {len(layers)} stores")
+    print(f"on disk     about {size / 2**30:.3g} GiB in {counted(len(layers), 'store')}")
     print(f"time        about {per_cell * len(rows):.0f} s at {1 / per_cell:.1f} cells/s")
 
 
@@ -293,6 +297,8 @@ def cli() -> None:
         except flags.Error as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
+        except SystemExit:  # of --help, which absl ends with 1
+            sys.exit(0)
 
     app.run(run, flags_parser=parse)
 

@@ -107,13 +107,20 @@ def entries(folder: Path) -> dict[str, Any]:
 
 
 def note(folder: Path, names: Iterable[str], aside: Path) -> None:
-    """Add files of a folder to its manifest.json, which is written in `aside` and then renamed.
+    """Files of a folder as they are now, or are no more, in its manifest.json, which is written in
+    `aside` and then renamed; one that would list nothing goes.
 
     Raises:
       InputError: a damaged one. DiskError: the disk takes no more, is read-only or gone.
     """
-    more = {name: [(folder / name).stat().st_size, sha256(folder / name)] for name in names}
-    listing = dict(sorted({**entries(folder), **more}.items()))
+    names = set(names)
+    paths = {name: folder / name for name in names if (folder / name).exists()}
+    now = {name: [path.stat().st_size, sha256(path)] for name, path in paths.items()}
+    others = {name: each for name, each in entries(folder).items() if name not in names}
+    listing = dict(sorted((others | now).items()))
+    if not listing:
+        (folder / NAME).unlink(missing_ok=True)
+        return
     content = json.dumps({"format": 1, "files": listing}, indent=1) + "\n"
     with disk.named(folder / NAME, len(content)):
         fresh = aside / NAME

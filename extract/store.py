@@ -25,7 +25,7 @@ import zarr
 import zarr.codecs
 
 from extract import disk, lock, manifest
-from extract.errors import InputError, listed, reading
+from extract.errors import InputError, counted, listed, reading
 from extract.hashing import rows_hash
 from extract.progress import Progress
 from extract.provenance import differences
@@ -35,6 +35,7 @@ _CHUNK_BYTES = 4 << 20
 BLOCK_BYTES = 512 << 20  # of output, all layers together: what is in memory at a time
 BLOCK_CELLS = 4096  # at most; their expression is in memory too
 EXPORTING = ".exporting"  # where `export` writes aside
+EXPORTED = (".npy", ".names.txt")  # what it leaves beside a store
 
 
 @dataclasses.dataclass(frozen=True)
@@ -284,10 +285,11 @@ class Writer:
         for name, array in self._arrays.items():
             part = self._narrow(values[name])
             if cells := _not_finite(part, self._obs.iloc[rows], self._extraction):
+                some = counted(len(cells), "cell")
                 raise InputError(
-                    f"{name}: the rows of {len(cells)} cells hold NaN or infinite values as "
-                    f"{self.dtype} ({listed(cells)}); leave these cells out, or give wider --dtype "
-                    "and --store_dtype if it is for them"
+                    f"{name}: the rows of {some} hold NaN or infinite values as {self.dtype} "
+                    f"({listed(cells)}); leave these cells out, or give wider --dtype and "
+                    "--store_dtype if it is for them"
                 )
             with disk.named(self.folder / f"{name}.zarr", part.nbytes):
                 array[rows] = part
@@ -372,6 +374,7 @@ class Writer:
                 f"{self.aside}: {undone} of {len(self.blocks)} blocks are missing, though they "
                 "were written (were files deleted?); give the same command again"
             )
+        self._remove_exports()
         for name in self.layers:
             path, target = self.aside / f"{name}.zarr", self.folder / f"{name}.zarr"
             with disk.named(target):
@@ -382,6 +385,14 @@ class Writer:
         manifest.sync(self.folder)
         shutil.rmtree(self.aside)
         return [self.folder / f"{name}.zarr" for name in self.layers]
+
+    def _remove_exports(self) -> None:
+        """Arrays exported of the stores that were here before: they would be of other cells."""
+        ours = {f"{name}{end}" for name in self.layers for end in EXPORTED}
+        if names := ours & set(manifest.entries(self.folder)):
+            for name in names:
+                (self.folder / name).unlink(missing_ok=True)
+            manifest.note(self.folder, names, self.aside)
 
 
 def _bounds(rows: np.ndarray, most: int) -> list[int]:

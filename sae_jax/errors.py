@@ -34,6 +34,11 @@ def brief(value: object, most: int = 200) -> str:
     return cut(text, most) or type(value).__name__
 
 
+def counted(number: int, noun: str, nouns: str | None = None) -> str:
+    """A number and what it is of: 1 feature, 1,800 features; `nouns` where that is not noun + s."""
+    return f"{number:,} {noun if number == 1 else nouns or f'{noun}s'}"
+
+
 def cut(text: str, most: int) -> str:
     """The text, its middle left out where it is longer."""
     half = (most - 5) // 2

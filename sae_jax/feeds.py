@@ -99,7 +99,7 @@ def whole(
     ) -> tuple[TrainState, int, History]:
         start = at // batches
         count = min(max(1, steps // batches), size, epochs - start)
-        pulse.beat(f"epochs {start} to {start + count - 1}")
+        pulse.beat(f"epoch {start}" if count == 1 else f"epochs {start} to {start + count - 1}")
         states, history = programs.train_chunk(
             states, hyper, rows, validation, data_seed, start, count, patience,
             size=size, **static,

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from analysis.browser import assets, documents, wire
 from analysis.browser.run import Run
 from sae_jax import files
+from sae_jax.errors import counted
 
 # Page -> its template. What only a server can do (search.html, study) has none.
 PAGES = {
@@ -79,7 +80,8 @@ def shard_of(key: str) -> str:
 
 def readme(about: dict[str, Any], with_cells: bool) -> Iterator[str]:
     """What the folder is, how it is opened, and what of the cells it tells."""
-    yield f"{about['title']}: {about['n_features']} features of {about['n_cells']} cells."
+    some = counted(about["n_features"], "feature")
+    yield f"{about['title']}: {some} of {counted(about['n_cells'], 'cell')}."
     yield ""
     yield "Open index.html. Where a browser refuses scripts of the disk, serve the folder:"
     yield "    python -m http.server --directory ."

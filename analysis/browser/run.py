@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from absl import logging
 from scipy import sparse
 
 from analysis import gene_names
@@ -108,6 +109,7 @@ class Run:
         key = hashlib.sha256(repr(parts).encode()).hexdigest()
 
         def make(path: Path) -> None:
+            logging.info("making an index of the run, once: seconds to a minute")
             names, numbers = _union(opened)
             writer = index.Writer(path)
             n, taken, seen = len(names), [], np.zeros(len(names), bool)

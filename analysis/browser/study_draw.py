@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from analysis.browser import study_panels
+from analysis.browser.absent import CONCEPTS, MORE
 from analysis.browser.study import KINDS, NAME, QUESTIONS, Item, Rater, Study, digest, hashed
 from analysis.browser.study_panels import Documents
 from sae_jax import InputError
@@ -80,12 +81,16 @@ def make(
                 found.append(feature)
             except study_panels.CannotShowError as error:
                 reasons.append(str(error))
+        if n and not candidates:
+            raise InputError(
+                f"the run has no {kind}s: give --{kind}s=0, or, for a study of both, {CONCEPTS}."
+            )
         if len(found) < n:
             why = f" ({reasons[0]})" if reasons else ""
             raise InputError(
                 f"{n} {kind}s are asked for, and {len(found)} of the run's {len(candidates)} can "
                 f"fill the panels {', '.join(panels)}{why}. Ask for fewer or for other panels, or "
-                "attribute more with `sae-jax concepts`."
+                f"attribute more: {MORE}."
             )
         passed_over[kind] = len(reasons)
         drawn += [(feature, kinds[feature][0], kind) for feature in found]

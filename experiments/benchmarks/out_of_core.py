@@ -14,7 +14,6 @@ folder.
 """
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -135,9 +134,13 @@ def measured(store: Path, stage: str) -> dict[str, Any]:
         annotate(z, expression, memory)
     seconds = time.perf_counter() - began
     peak = resident("VmHWM") - before
-    threads = {"tested": 64, "threads": len(os.sched_getaffinity(0))} if stage == "lens" else {}
-    stated = differential.Passes.of(expression.x, FLAGS.features, memory, **threads).bytes
-    return {"seconds": seconds, "reading": reading, "peak": peak, "stated": stated}
+    if stage == "dge":
+        stated = differential.Passes.of(expression.x, FLAGS.features, memory)
+    else:
+        stated = lens.passes(
+            expression, FLAGS.features, FLAGS.terms, null_features=0, memory_bytes=memory
+        )
+    return {"seconds": seconds, "reading": reading, "peak": peak, "stated": stated.bytes}
 
 
 def annotate(z: sparse.csr_array, expression: cells.Expression, memory: int) -> None:

@@ -21,6 +21,7 @@ from experiments.simulation.data import BLOCK, Cells, Large
 from experiments.simulation.recovery import COLUMNS, GROUPS, Sums
 from experiments.simulation.sweep import BAR, BATCH
 from sae_jax import SAEConfig, files
+from sae_jax.errors import counted
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -105,7 +106,8 @@ def sweep(embedding: Embedding, grid: Grid, out: Path) -> sae_jax.Run:
     )  # fmt: skip
     if failed := int((run.results["status"] == "failed").sum()):
         raise SystemExit(
-            f"error: {failed} configurations failed (see above); the same command tries them again"
+            f"error: {counted(failed, 'configuration')} failed (see above); the same command tries "
+            "again"
         )
     return run
 

@@ -29,6 +29,7 @@ from absl import flags, logging
 from experiments import cli
 from experiments.simulation import folders
 from sae_jax import files, workdir
+from sae_jax.errors import counted
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -121,13 +122,15 @@ def run(out: Path, simulated: "Small") -> tuple["pd.DataFrame", "pd.DataFrame"]:
     cells = fitted["ideal"]["latents"]
     rows = grid.rows(cells.shape[1], FLAGS.seed)
     train, validation = split(cells)
-    logging.info("%d configurations in %d programs", len(rows), len(sweep.programs(rows)))
+    programs = counted(len(sweep.programs(rows)), "program")
+    logging.info("%s in %s", counted(len(rows), "configuration"), programs)
     about = {"simulation": "small", "autoencoder": "ideal", "variant": FLAGS.variant}
     runs = sweep.train(rows, train, validation, out / "sweep", about)
     failed = sum(int((each.results["status"] == "failed").sum()) for each in runs.values())
     if failed:
         raise SystemExit(
-            f"error: {failed} configurations failed (see above); the same command tries them again"
+            f"error: {counted(failed, 'configuration')} failed (see above); the same command tries "
+            "again"
         )
     results, correlations = sweep.measure(rows, runs, cells, simulated.variables, out / "metrics")
     files.write_parquet(out / "correlations.parquet", correlations)

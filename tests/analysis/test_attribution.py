@@ -138,6 +138,8 @@ def test_a_planted_encoder_gives_exactly_its_genes() -> None:
     assert model.cells == CELLS.n_obs + found.forwards.done
     assert found.forwards.brute == len(found.pairs.prototype) * len(GENES)
     assert found.forwards.done < found.forwards.changed < found.forwards.brute
+    done, brute = f"{found.forwards.done:,}", f"{found.forwards.brute:,}"
+    assert str(found.forwards).startswith(f"{done} of {brute} cells through the model, ")
 
 
 @pytest.mark.parametrize("samples", [False, True])
@@ -362,7 +364,7 @@ def test_a_concept_without_pairs_is_nan(caplog: pytest.LogCaptureFixture) -> Non
     found = attribute(Planted(), OneDead(), CELLS, samples=True, **QUIET)
     assert np.isnan(found.scores[1]).all()
     assert np.isfinite(found.scores[[0, 2]]).all()
-    assert "1 concepts have no prototypes or no counterfactuals" in caplog.text
+    assert "1 concept without prototypes or without counterfactuals: NaN" in caplog.text
     assert 1 not in set(found.important(-np.inf)["concept"])
 
 

@@ -122,3 +122,16 @@ def test_annotations_are_read_without_anything_else_and_leave_no_file_open(tmp_p
         cells.annotations(tmp_path / "a.h5ad", ["X_n"])
     with h5py.File(tmp_path / "a.h5ad", "a"):  # refused where it is still open for reading
         pass
+
+
+def test_tables_of_an_old_anndata_are_refused_with_what_helps(tmp_path: Path) -> None:
+    path = tmp_path / "a.h5ad"
+    _adata(np.ones((3, 2)), ["a", "b"], ["A", "B"]).write_h5ad(path)
+    with h5py.File(path, "a") as file:
+        del file["obs"]  # one array of records, as it once was
+        file["obs"] = np.array([(b"c0",), (b"c1",), (b"c2",)], [("index", "S2")])
+    with pytest.raises(InputError, match=r"a\.h5ad is of an anndata before 0\.7.*write_h5ad"):
+        cells.annotations(path)
+    with pytest.raises(InputError, match=r"before 0\.7"):
+        cells.parts(path, "X", "counts")
+    assert cells.read(path).obs_names.tolist() == ["c0", "c1", "c2"]  # as anndata does

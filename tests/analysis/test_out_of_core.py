@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import re
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -109,6 +110,15 @@ def test_wherever_cells_are_the_tests_are_the_same_to_the_bit(
     _same(list(differential.welch_streamed(found, HIGH, active=ACTIVE)), expected)
     by_low = differential.welch(whole.x, HIGH, low=ACTIVE.toarray() == 0)
     _same(list(differential.welch_streamed(found, HIGH, low=ACTIVE.toarray() == 0)), by_low)
+    _same([differential.welch(found.x, HIGH, low=ACTIVE.toarray() == 0)], by_low)
+    some, which = np.array([3, 4, 20, 36]), np.array([50, 2, 9])
+    fewer, named = found.of_genes(which, found.genes[which]), whole.of_genes(which, "abc")
+    np.testing.assert_array_equal(found.x[some].toarray(), whole.x[some].toarray())
+    np.testing.assert_array_equal(fewer.x[some].toarray(), named.x[some].toarray())
+    np.testing.assert_array_equal(fewer.means, named.means)
+    for wrong in ([], [2, 1], [-1, 2], [N]):
+        with pytest.raises(InputError, match="rows must rise"):
+            found.x[np.array(wrong, int)]
 
 
 @pytest.mark.parametrize("way", ["backed csr", "lazy zarr", "dask dense"])
@@ -292,6 +302,14 @@ def test_a_worker_of_another_process_does_the_same(
         np.testing.assert_array_equal(found.scores, scores)
         with pytest.raises(InputError, match="are not integers"):
             cells.parts(_dask(lambda x: sparse.csr_matrix(x / 2), 8), "X", "counts")
+
+
+def test_how_the_memory_is_told() -> None:
+    blocks = chunked.chunked(sparse.csr_matrix(COUNTS), rows=5)
+    told = differential.Passes.of(blocks, 1, 1 << 30).told
+    assert told.startswith("DGE: 37 cells x 110 genes in blocks of 5 cells, 1 feature in 1 pass, ")
+    told = differential.Passes.of(blocks, 1800, 1_000_000, beside=1024).told
+    assert re.search(r"1,800 features in \d+ passes, at most .* KiB, 1 KiB of it for tables", told)
 
 
 def test_with_a_client_memory_is_of_all_threads_of_a_worker() -> None:

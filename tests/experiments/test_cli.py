@@ -41,3 +41,22 @@ def test_a_message_begins_a_line_below_a_bar_that_was_left() -> None:
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "3/9" in ended.stderr
     assert ended.stderr.endswith("\nerror: no rows\n")
+
+
+@pytest.mark.parametrize("module", ["experiments.browse", "extract.main"])
+def test_help_is_no_failure(module: str) -> None:
+    command = [sys.executable, "-m", module]
+    ended = subprocess.run([*command, "--help"], capture_output=True, text=True)
+    assert ended.returncode == 0
+    assert ended.stdout.startswith("Concept browser" if "browse" in module else "Hidden states")
+    assert ended.stderr == ""
+    wrong = subprocess.run([*command, "--nothing"], capture_output=True, text=True)
+    assert wrong.returncode == 2
+
+
+def test_the_programs_are_listed_with_the_one_that_extracts() -> None:
+    command = [sys.executable, "-c", "from experiments import cli; cli.main()"]
+    ended = subprocess.run([*command, "--help"], capture_output=True, text=True)
+    assert ended.returncode == 0
+    assert "sae-jax-extract" in ended.stdout
+    assert subprocess.run(command, capture_output=True).returncode == 2

@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 from absl import flags
 from absl.testing import flagsaver
+from anndata._core.sparse_dataset import BaseCompressedSparseDataset
 from scipy import sparse
 
 import extract
@@ -29,7 +30,7 @@ from experiments import (
 )
 from extract import main as extraction
 from extract import store
-from sae_jax import InputError, data
+from sae_jax import InputError, data, files
 from tests.experiments import quick
 from tests.experiments.damage import check_every_file
 
@@ -285,6 +286,52 @@ def test_a_run_goes_on(
         launch(**settings)
 
 
+def test_counts_that_stay_in_their_file_give_the_same(
+    finished: Path, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A finished run without what is made of counts goes on with them in their file."""
+    again, read = tmp_path / "again", []
+    shutil.copytree(finished, again)
+    kept = {*NO_COUNTS, "report.html", "manifest.json", "features.h5ad", "figures"}
+    for path in again.iterdir():
+        if path.name not in kept:
+            files.remove(path)
+    take = BaseCompressedSparseDataset.__getitem__
+
+    def counted(dataset: Any, index: Any) -> Any:
+        rows = take(dataset, index)
+        read.append(rows.shape[0])
+        return rows
+
+    monkeypatch.setattr(BaseCompressedSparseDataset, "__getitem__", counted)
+    monkeypatch.setattr("extract.models.base.BLOCK_CELLS", 128)  # of batches of 64
+    monkeypatch.setattr(concepts_page, "draw", lambda *_: dict.fromkeys(FIGURES, pixel(again)))
+    monkeypatch.setattr(concepts_learned, "methods", lambda x, made, *_: {"TopK SAE (30)": made})
+    given = {"out_of_core": True, "memory_gib": 0.006, "resume": True, "workdir": str(again)}
+    launch(**settings | given)
+    n_cells = len(np.load(finished / "embedding.npy"))
+    assert sum(read) > 5 * n_cells
+    assert max(read) < n_cells / 2
+    np.testing.assert_array_equal(*(np.load(out / "embedding.npy") for out in (finished, again)))
+    for name in {path.name for path in finished.glob("*.parquet")} - NO_COUNTS:
+        tables = [pd.read_parquet(out / name) for out in (finished, again)]
+        pd.testing.assert_frame_equal(*tables)
+    for name in ("strengths.csv", "table_6.csv", "coefficients.csv"):
+        assert (finished / name).read_text() == (again / name).read_text()
+    one, two = (pd.read_csv(out / "methods.csv").set_index(["task", "method"])
+                for out in (finished, again))  # fmt: skip
+    assert len(two) == 4 * two.index.get_level_values("task").nunique()
+    pd.testing.assert_frame_equal(one.loc[two.index], two)
+
+    by_genes = anndata.read_h5ad(settings["h5ad"])
+    by_genes.X = by_genes.X.tocsc()
+    by_genes.write_h5ad(tmp_path / "by_genes.h5ad")
+    with pytest.raises(InputError, match=r"stored by genes \(CSC\)"):
+        source_of(settings | given | {"h5ad": str(tmp_path / "by_genes.h5ad")})
+
+
+NO_COUNTS = {"concepts.json", "sweep", "dictionary", "map.npz", "table_3.csv", "stability.parquet",
+             "gsea_attribution.parquet", "gsea_dge.parquet"}  # fmt: skip
 FIGURES = ("cells", "attributed", "strengths", "deletion", "confusion", "replication",
            "deletion_held_out")  # fmt: skip
 
@@ -306,6 +353,10 @@ def pixel(folder: Path) -> Path:
         ({"model": "scgpt", "checkpoint": None}, "--checkpoint is needed"),
         ({"studied": 31}, "must be one of --n_latents=30"),
         ({"gene_symbols": None}, "Ensembl ids"),
+        ({"learning_rate": -1.0}, "learning_rate=-1.0 must be finite and above 0"),
+        ({"out_of_core": True, "checkpoint": None}, "with --out_of_core give a trained one"),
+        ({"out_of_core": True, "memory_gib": 0.003}, "up to 4.. cells, .*lower --per_class"),
+        ({"out_of_core": True, "memory_gib": 1e-6}, "a row of .* takes up to"),
     ],
 )
 def test_what_is_refused(
@@ -313,6 +364,7 @@ def test_what_is_refused(
 ) -> None:
     with pytest.raises(InputError, match=said):
         launch(**settings | {"workdir": str(tmp_path / "out")} | given)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_best_term_has_the_smallest_p_then_the_largest_nes() -> None:
@@ -365,6 +417,11 @@ def test_the_rows_of_a_store_are_taken(
     adata, fewer = source_of(given, lambda adata: adata[[7, 3, 200]].copy())
     np.testing.assert_array_equal(fewer.x, found.x[[7, 3, 200]])
     assert adata.n_obs == 3
+    anndata.read_h5ad(settings["h5ad"]).write_zarr(extracted.parent / "cells.zarr")
+    stays = {"h5ad": str(extracted.parent / "cells.zarr"), "out_of_core": True}
+    adata, there = source_of(given | stays)
+    assert isinstance(adata.X, BaseCompressedSparseDataset)
+    np.testing.assert_array_equal(there.x, found.x)
 
     def renamed(adata: anndata.AnnData) -> anndata.AnnData:
         adata.obs_names = ["other", *adata.obs_names[1:]]

@@ -176,6 +176,7 @@ def _save(path: Path, bias: float, d: int = 3) -> str:
     [
         ({"percentile": 99.0}, "leaves 5 of 480 cells high.*give --percentile=97"),
         ({"percentile": float("nan")}, "--percentile=nan must be a finite number"),
+        ({"learning_rate": 0.0}, "--learning_rate=0 must be above 0"),
         ({"within": "kind D"}, "no cell is labelled --within=kind D; there are kind A, kind B"),
         ({"within": "kind A", "label": None}, "say by --label"),
         ({"technical": ["batch"]}, "--technical: obs has no batch"),
@@ -341,14 +342,18 @@ def test_what_the_browser_reads(
 
 @pytest.mark.filterwarnings("ignore:Writing zarr v2 data")
 def test_expression_that_stays_in_its_file_gives_the_same(
-    run: Callable[..., Path], cells: anndata.AnnData, tmp_path: Path, undrawn: None
-) -> None:
+    run: Callable[..., Path], cells: anndata.AnnData, tmp_path: Path, undrawn: None,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
     one = run(workdir=str(tmp_path / "one"), every_gene=True)
     cells.write_zarr(tmp_path / "cells.zarr")
-    two = run(
-        h5ad=str(tmp_path / "cells.zarr"), dictionary=str(one / "dictionary"), out_of_core=True,
-        memory_gib=0.02, every_gene=True, workdir=str(tmp_path / "two"),
-    )  # fmt: skip
+    with caplog.at_level("INFO", logger="absl"):
+        two = run(
+            h5ad=str(tmp_path / "cells.zarr"), dictionary=str(one / "dictionary"),
+            out_of_core=True, memory_gib=0.02, every_gene=True, workdir=str(tmp_path / "two"),
+        )  # fmt: skip
+    told = [line for line in caplog.messages if line.startswith("DGE: 480 cells x 240 genes")]
+    assert len(told) == len(set(told)) == 2  # of the features and the nulls; of every gene
     for name in ("enrichment", "genes", "top_terms", "features", "dge"):
         tables = [pd.read_parquet(out / f"{name}.parquet") for out in (one, two)]
         pd.testing.assert_frame_equal(*tables)
@@ -357,6 +362,9 @@ def test_expression_that_stays_in_its_file_gives_the_same(
         ({"embedding": None}, "PCA needs the expression of all cells"),
         ({"within": "kind A"}, "without --out_of_core"),
         ({"memory_gib": 1e-6}, "a row of .*takes up to"),
+        ({"memory_gib": 1e-4}, "--memory_gib=0.0001: expression of 480 cells"),
+        ({"memory_gib": 1e-4, "dictionary": str(one / "dictionary")}, "--memory_gib=0.0001: "),
     ):
         with pytest.raises(InputError, match=message):
             run(out_of_core=True, **wrong)
+    assert not (tmp_path / "out").exists()

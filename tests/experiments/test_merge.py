@@ -85,11 +85,11 @@ def test_what_is_missing_is_named_with_its_command(
 ) -> None:
     shutil.rmtree(tmp_path / "shards/shard-001-of-003")
     (tmp_path / "shards/shard-002-of-003" / manifest.NAME).unlink()
-    with pytest.raises(InputError, match="2 shards are missing or not finished"):
+    with pytest.raises(InputError, match="2 shards missing or not finished"):
         shards()
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("shard 1 of 3 is missing: sae-jax sweep --")
-    assert lines[1].startswith("shard 2 of 3 was not finished: ")
+    assert lines[0].startswith("--num_shards=3 --shard_index=1 is missing: sae-jax sweep --")
+    assert lines[1].startswith("--num_shards=3 --shard_index=2 was not finished: ")
     for index, line in zip((1, 2), lines, strict=True):
         words = line.split(": ", 1)[1].split()[2:]
         given = dict(word.removeprefix("--").split("=", 1) for word in words)
@@ -121,7 +121,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         "of another sweep",
     ),
     "other counts": (lambda f: (f / "shard-001-of-004").mkdir(), r"shards of \[3, 4\]"),
-    "a shard too many": (lambda f: (f / "shard-003-of-003").mkdir(), "none of the shards 0 to 2"),
+    "a shard too many": (lambda f: (f / "shard-003-of-003").mkdir(), "--shard_index=0 .. 2"),
     "no shards": (lambda f: [shutil.rmtree(each) for each in f.iterdir()], "holds no shards"),
 }
 
@@ -206,7 +206,8 @@ def test_a_shard_that_died_is_named_and_completed_by_its_command(
     with pytest.raises(InputError, match="missing or not finished"):
         call(merge, workdir=folder, output=tmp_path / "whole")
     told = capsys.readouterr().out.splitlines()
-    assert told[-1].startswith("shard 2 of 3 was not finished: sae-jax sweep ")
+    this = "--num_shards=3 --shard_index=2 was not finished: sae-jax sweep "
+    assert told[-1].startswith(this)
     for line in told:
         words = shlex.split(line.split(": ", 1)[1])[2:]
         call(sweep, **dict(word.removeprefix("--").split("=", 1) for word in words))

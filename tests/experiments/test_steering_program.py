@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 from absl import flags
 from absl.testing import flagsaver
+from anndata._core.sparse_dataset import BaseCompressedSparseDataset
 from scipy import sparse
 
 import extract
@@ -194,6 +195,34 @@ def test_shifts_and_predictions_are_those_of_the_closed_form(run: Callable[..., 
     assert {path.name for path in (out / "figures").glob("*.png")} == {
         "candidates.png", "steered.png", "volcano.png", "genes.png"
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("place", ["X", "raw", "layer"])
+def test_expression_that_stays_in_its_file_gives_the_same(
+    run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    read: list[int] = []
+    take = BaseCompressedSparseDataset.__getitem__
+
+    def counted(dataset: Any, index: Any) -> Any:
+        rows = take(dataset, index)
+        read.append(rows.shape[0])
+        return rows
+
+    def moved(adata: anndata.AnnData) -> None:
+        adata.layers["layer"] = adata.X.copy()
+        adata.raw = adata.copy()
+
+    monkeypatch.setattr(BaseCompressedSparseDataset, "__getitem__", counted)
+    given = {"controls": 3, "expression": place, "change": moved}
+    one = run(workdir=str(tmp_path / "one"), **given)
+    assert not read
+    two = run(workdir=str(tmp_path / "two"), out_of_core=True, memory_gib=7e-4, **given)
+    assert sum(read) > 2 * len(KINDS)
+    assert max(read) < len(KINDS) / 2
+    for name in ("shift", "expression", "terms", "controls"):
+        tables = [pd.read_parquet(out / f"{name}.parquet") for out in (one, two)]
+        pd.testing.assert_frame_equal(*tables)
 
 
 def test_controls_move_cells_equally_far_along_other_features(run: Callable[..., Path]) -> None:

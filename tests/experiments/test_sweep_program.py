@@ -166,13 +166,17 @@ def test_dry_run_shows_the_axes_and_writes_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["rows.npy"]
 
 
-def test_shards_fill_folders_of_their_own(run: Callable[..., Path]) -> None:
+def test_shards_fill_folders_of_their_own(
+    run: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     names = []
     for index in range(2):
         out = run(preset="vanilla", n_latents="8", num_shards="2", shard_index=str(index))
         names.append(f"shard-{index:03d}-of-002")
         found = pd.read_parquet(out / names[-1] / "results.parquet")
         assert len(found) == 2
+        told = f"--num_shards=2 --shard_index={index}: 2 of 4 configurations\n"
+        assert capsys.readouterr().out.startswith(f"{told}2 configurations -> 1 program\n")
     assert sorted(path.name for path in out.iterdir()) == names
     tables = [pd.read_parquet(out / name / "results.parquet") for name in names]
     settings = pd.concat(tables)[["l1_weight", "seed"]]

@@ -8,12 +8,12 @@ import anndata
 import numpy as np
 import pandas as pd
 import pytest
-from absl import flags
+from absl import flags, logging
 from absl.testing import flagsaver
 
 import sae_jax
-from experiments import configurations, sweep, train
-from sae_jax import InputError, SAEConfig, files, lock, workdir
+from experiments import configurations, jobs, sweep, train
+from sae_jax import InputError, SAEConfig, distributed, files, lock, workdir
 from tests.experiments.damage import check_every_file
 
 ROWS = np.random.default_rng(0).normal(size=(400, 4)).astype(np.float32)
@@ -174,6 +174,21 @@ def test_files_that_are_refused(tmp_path: Path, name: str, text: str | None, mes
 def test_multihost_alone_is_refused(run: Callable[..., Path]) -> None:
     with pytest.raises(InputError, match="no other processes are found"):
         run(sweep, multihost="true")
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_what_all_processes_would_tell_the_first_tells(
+    first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distributed, "join", lambda: None)
+    monkeypatch.setattr(distributed, "is_first", lambda: first)
+    with flagsaver.flagsaver():  # of which --verbosity is one
+        sweep.define_flags()
+        flags.FLAGS(["sweep", "--multihost"])
+        logging.set_verbosity(logging.INFO)
+        jobs.join()
+        assert logging.level_info() == first
+        assert logging.level_warning()
 
 
 def test_bad_rows_leave_nothing_and_overwrite_nothing(

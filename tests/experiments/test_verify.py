@@ -41,14 +41,16 @@ def test_many_folders_are_told_of_and_the_status_is_of_the_worst(run: Path, tmp_
     assert verified(dictionary, run)[0] == 0
     (run / "settings.json").write_text("{}")
     (tmp_path / "other").mkdir()
-    status, printed = verified(tmp_path / "other", dictionary, run, tmp_path / "gone")
+    settings = run / "settings.json"
+    status, printed = verified(tmp_path / "other", dictionary, run, tmp_path / "gone", settings)
     lines = printed.splitlines()
     assert status == 1
-    assert len(lines) == 4
+    assert len(lines) == 5
     assert lines[0].startswith(f"{tmp_path / 'other'} has no manifest.json: it was not finished")
     assert lines[1] == f"{dictionary}: 2 files as they were left"
     assert "settings.json has 2 bytes of 12" in lines[2]
-    assert lines[3].startswith("there is no folder")
+    assert lines[3].startswith(f"{tmp_path / 'gone'} is not there: give folders")
+    assert lines[4].startswith(f"{settings} is a file: give folders")
     with pytest.raises(InputError, match="give folders"):
         verify.main([])
 

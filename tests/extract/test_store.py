@@ -308,7 +308,7 @@ def test_values_that_are_not_finite(tmp_path: Path, dtype: str, bad: float, name
     block = some.blocks[1]
     part = {name: values(layer)[block.rows] for name, layer in LAYERS.items()}
     part["layer_01"][:2, 1] = bad  # c3, which is empty, and another
-    told = rf"layer_01: the rows of 1 cells .* as {dtype} \({named}\)"
+    told = rf"layer_01: the rows of 1 cell hold .* as {dtype} \({named}\)"
     with pytest.raises(InputError, match=told):
         some.write(1, block.rows, part)
     assert progress.Progress.load(tmp_path / ".extracting/progress.json").done == [0]
@@ -501,6 +501,23 @@ def test_exported_arrays_are_in_a_manifest(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(InputError, match=r"manifest\.json is damaged \(delete it"):
         export.export_npy(path)
+
+
+@pytest.mark.parametrize("others", [True, False])
+def test_what_was_exported_goes_with_its_store(tmp_path: Path, others: bool) -> None:
+    if others:
+        sae_jax.files.write_json(tmp_path / "settings.json", {})
+        sae_jax.manifest.write(tmp_path)
+    export.export_npy(finished(tmp_path))
+    some = writer(tmp_path, overwrite=True, preprocessing={"other": 1})
+    fill(some)
+    assert (tmp_path / "layer_00.npy").exists()  # until the new store is whole
+    some.finish()
+    left = {"layer_00.zarr", "layer_01.zarr"}
+    left |= {"manifest.json", "settings.json"} if others else set()
+    assert {each.name for each in tmp_path.iterdir()} == left
+    if others:
+        assert sae_jax.manifest.check(tmp_path, "full") == 1
 
 
 @pytest.mark.parametrize("name", ["a\tb", "a\nb", "a\r", "\n", "a\x85b", "a\u2028b", "\ud800"])

@@ -33,6 +33,15 @@ def run(folder: Path) -> Run:
     return Run.open([folder], folder.parent / "state")
 
 
+def test_it_is_told_of_when_it_is_made(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(2):
+        with caplog.at_level("INFO", logger="absl"):
+            Run.open([folder], tmp_path)
+        assert caplog.text.count("making an index") == 1  # the first time
+
+
 def test_columns_and_rows_are_those_of_the_file(run: Run, folder: Path) -> None:
     x = anndata.read_h5ad(folder / "features.h5ad").X.toarray()
     for feature in range(run.n_features):

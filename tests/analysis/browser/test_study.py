@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from analysis.browser import study, study_draw, study_panels
+from analysis.browser import absent, study, study_draw, study_panels
 from sae_jax import InputError
 from tests.analysis.browser.study_cases import N_CONCEPTS, SECRETS, Documents
 
@@ -139,6 +139,25 @@ def test_panels_are_those_the_run_has() -> None:
     for panel in ("samples", "descriptions"):
         with pytest.raises(InputError, match=f"the panel '{panel}' cannot be shown"):
             make(Documents(gene_info=False, samples=False), panels=("attribution", panel))
+
+
+def test_a_run_without_attribution_or_neurons_says_which_command_makes_them() -> None:
+    bare = Documents()
+    bare._attribution = lambda feature: {"absent": absent.RUN["attribution"]}
+    with pytest.raises(
+        InputError, match=r"'attribution' cannot be shown.*`sae-jax concepts --h5ad"
+    ):
+        make(bare)
+    documents = Documents()
+    table = {"names": documents.names[:N_CONCEPTS], "columns": {}}
+
+    def without_neurons(key: str) -> dict[str, Any]:
+        return table if key == "features" else documents(key)
+
+    wanted = r"the run has no neurons: give --neurons=0.*`sae-jax concepts --h5ad"
+    with pytest.raises(InputError, match=wanted):
+        make(without_neurons)
+    assert len(make(without_neurons, neurons=0)[0].items) == 12
 
 
 def test_a_run_without_the_cells_activations_says_so() -> None:
