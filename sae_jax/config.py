@@ -290,6 +290,10 @@ class SAEConfig(Architecture):
         for field, low in INTEGERS.items():
             _check_integer(field, getattr(self, field), low=low)
         _check_integer("seed", self.seed, low=0, high=2**32 - 1)
+        if not isinstance(self.name, str):
+            raise InputError(f"name={self.name!r} must be text")
+        if any("\ud800" <= letter <= "\udfff" for letter in self.name):  # of no table
+            raise InputError(f"name={self.name!r} holds half of a character, which is no text")
         for field, positive in REALS.items():
             value = getattr(self, field)
             if not (math.isfinite(value) and (value > 0 if positive else value >= 0)):

@@ -12,7 +12,7 @@ from sae_jax import pulse
 from sae_jax.errors import InputError
 from sae_jax.reading import check_file, reading
 from sae_jax.state import Normalizer
-from sae_jax.streaming import Csr, Rows, check_matrix, encoding, float_dtype
+from sae_jax.streaming import Csr, Npy, Rows, check_matrix, encoding, float_dtype
 
 LEAST = float(np.finfo(np.float32).tiny / np.finfo(np.float32).eps)  # in full float32 precision
 
@@ -301,7 +301,7 @@ def _find(source: str) -> Any:
             raise InputError(f"{source}: an .npy file is one array; leave out what follows it")
         # Of the format alone: np.load would take a zip archive or a pickle.
         with reading(path, "is no readable .npy file"):
-            return np.lib.format.open_memmap(check_file(path), mode="r")
+            return Npy(check_file(path))
     root = _open_store(path)
     with reading(path):
         obsm = root.get("obsm", {})

@@ -8,7 +8,6 @@ import contextlib
 import errno
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -79,17 +78,25 @@ def told(
         parts.append(f"{written:,} bytes of it were written, more are wanted")
     if wanted is not None:
         parts.append(f"{wanted:,} bytes are wanted")
-    try:
-        there = next(each for each in (path, *path.absolute().parents) if each.exists())
-        parts.append(f"{shutil.disk_usage(there).free:,} bytes are free on its disk")
-    except OSError:
-        pass  # gone, then
+    parts += [left] if (left := room(path)) else []
     advice = next((say for numbers, say in _ADVICE.items() if number in numbers), "See to that")
     known = f"; {'; '.join(parts)}" if parts else ""
     return (
         f"{path} {what}: {os.strerror(number)}{known}. {advice} and give the same command again "
         "(with --resume, where there is one)"
     )
+
+
+def room(path: Path) -> str:
+    """What is left on the disk of a path, to be told; nothing where the disk is gone."""
+    try:
+        there = next(each for each in (path, *path.absolute().parents) if each.exists())
+        left = os.statvfs(there)
+    except OSError:
+        return ""
+    if left.f_files and not left.f_favail:  # some file systems count none
+        return "no inodes are left on its disk, which has too many files"
+    return f"{left.f_bavail * left.f_frsize:,} bytes are free on its disk"
 
 
 def message(error: BaseException, folder: Path) -> str | None:

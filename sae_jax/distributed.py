@@ -250,7 +250,7 @@ def memory() -> int:
     half of what this machine or the job's control group allows, divided among the processes."""
     device = jax.local_devices()[0]
     if device.platform == "cpu":
-        room = _host_memory() // 2
+        room = host_memory() // 2
         # Where each has its share of the cores (`sae-jax launch`), it has its share of the memory.
         here = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0)
         if jax.process_count() > 1:
@@ -261,7 +261,7 @@ def memory() -> int:
     return int(agree(np.int64(room)).min())
 
 
-def _host_memory(root: Path = Path("/")) -> int:
+def host_memory(root: Path = Path("/")) -> int:
     """Bytes that this process may use: the machine's, or less in a job or a container."""
     found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     with contextlib.suppress(OSError):

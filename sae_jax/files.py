@@ -116,6 +116,8 @@ def check_writable(path: Path) -> None:
     try:
         parent = path
         while not (parent.exists() or parent.is_symlink()):
+            if parent.name == "..":  # what is before it would be made on the way, and stay
+                raise InputError(f"{path} leads over a folder that is not there; leave out its ..")
             parent = parent.parent
         if not parent.is_dir():
             raise InputError(f"{parent} is no folder; a folder is needed for {path}")

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Literal, get_args
 
-from sae_jax import files
+from sae_jax import files, pulse
 from sae_jax.errors import InputError
 from sae_jax.reading import LARGEST_JSON, check_file
 
@@ -115,6 +115,7 @@ def differs(folder: Path, name: str) -> str | None:
 
 def sha256(path: Path) -> str:
     """Of a file's bytes, in hex."""
+    pulse.beat(f"reading {path.name}", alone=True)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

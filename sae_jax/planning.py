@@ -11,9 +11,9 @@ import jax
 import numpy as np
 from absl import logging
 
-from sae_jax import bucket, data, distributed, ensemble
+from sae_jax import bucket, data, distributed, ensemble, trainer
 from sae_jax.config import MOST, Architecture, SAEConfig
-from sae_jax.errors import InputError
+from sae_jax.errors import InputError, counted
 from sae_jax.streaming import Rows
 
 # Of an open file, unless the caller says otherwise. The order of rows depends on it, so it must not
@@ -55,6 +55,7 @@ def check(
         if len(x) < 2:
             raise InputError(f"{name} has one row; its variance is needed, so give two or more")
         given[name] = x.astype(rows.dtype, copy=False)
+    trainer.check_histories(len(configs), int(epochs), rows.dtype.itemsize)
     for config in configs:
         if config.d_in != rows.shape[1]:
             raise InputError(
@@ -118,9 +119,12 @@ def programs(
     for architecture, chosen in buckets.items():
         parts, devices = fits(architecture, chosen)
         programs += [([rest[i] for i in part], devices) for part in parts]
-    logging.info("%d configurations -> %d programs", len(todo), len(begun) + len(buckets))
+    if 0 < len(todo) < len(configs):
+        whole = counted(len(configs), "configuration")
+        logging.info("%s of %s are left to train", f"{len(todo):,}", whole)
     if len(programs) > len(begun) + len(buckets):
-        logging.info("in %d parts, each of which fits the memory", len(programs))
+        parts = counted(len(programs), "part")
+        logging.info("in %s, each of which fits the memory", parts)
     return programs
 
 

@@ -31,17 +31,18 @@ class Pulse:
     monotonic: float
 
 
-def beat(phase: str) -> None:
+def beat(phase: str, alone: bool = False) -> None:
     """Say that this process has come further, to `phase`: "chunk 12", "saved", or "waiting".
 
-    Where every process of a run beats at the same places, the counts tell who is behind. Costs
-    some microseconds, and nothing where nobody watches; never raises.
+    Where every process of a run beats at the same places, the counts tell who is behind; what one
+    does alone is not counted. Costs some microseconds, and nothing where nobody watches; never
+    raises.
     """
     global _count
     path = os.environ.get(VARIABLE)
     if not path:
         return
-    _count += 1
+    _count += not alone
     with contextlib.suppress(OSError):
         handle = os.open(path, os.O_WRONLY)
         try:

@@ -3,9 +3,12 @@
 import copy
 import dataclasses
 import itertools
+import os
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -66,6 +69,62 @@ class Csr:
         return matrix.toarray()
 
 
+class Npy:
+    """An .npy file of which only the slices asked for are read, into one buffer: each slice is
+    overwritten by the next.
+
+    A memory map would end the process (SIGBUS) where the file is cut while it is read.
+
+    Attributes:
+      span_rows: the most that a slice may have.
+      gap_rows: chosen rows that are this near each other are read at once.
+    """
+
+    def __init__(self, path: Path) -> None:
+        # NumPy's own refusals. No page of the map is touched.
+        header = np.lib.format.open_memmap(path, mode="r")
+        self.shape, self.dtype, self._begin = header.shape, header.dtype, header.offset
+        self._by_columns = not header.flags.c_contiguous
+        self._file = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._file)
+        stored, gap = (_READ_BYTES, 2**12) if self._by_columns else (2**20, 2**15)  # measured
+        row_bytes = int(np.prod(self.shape[1:])) * self.dtype.itemsize
+        self.span_rows = max(stored // max(row_bytes, 1), 1)
+        self.gap_rows = gap // max(self.dtype.itemsize if self._by_columns else row_bytes, 1)
+        self._buffer = np.empty(0, np.uint8)
+
+    def __getitem__(self, key: slice) -> np.ndarray:
+        rows, d_in = self.shape
+        count = key.stop - key.start
+        size = count * d_in * self.dtype.itemsize
+        if size > len(self._buffer):
+            self._buffer = np.empty(size, np.uint8)
+        raw = self._buffer[:size]
+        if not self._by_columns:
+            self._read(raw, key.start * d_in)
+            return raw.view(self.dtype).reshape(count, d_in)
+        for column, part in enumerate(raw.reshape(d_in, -1)):
+            self._read(part, column * rows + key.start)
+        return raw.view(self.dtype).reshape(d_in, count).T
+
+    def read_into(self, out: np.ndarray, first: int) -> None:
+        """The rows from `first` on, as many as `out` has."""
+        if self._by_columns or out.dtype != self.dtype:
+            out[:] = self[first : first + len(out)]
+        else:
+            self._read(out.reshape(-1).view(np.uint8), first * self.shape[1])
+
+    def _read(self, out: np.ndarray, first: int) -> None:
+        """Bytes from the `first` value on."""
+        at = self._begin + first * self.dtype.itemsize
+        while len(out):
+            read = os.preadv(self._file, [out], at)
+            if not read:
+                size = os.fstat(self._file).st_size
+                raise EOFError(f"the file has been cut, it ends after {size:,} bytes")
+            out, at = out[read:], at + read
+
+
 class Rows:
     """A matrix [rows, d_in] of which only the slices asked for are read.
 
@@ -83,7 +142,7 @@ class Rows:
     """
 
     def __init__(self, source: Any, name: str = "rows", positions: Any = None) -> None:
-        """Of a NumPy, h5py or zarr array, or of a group that is a CSR matrix.
+        """Of a NumPy, h5py or zarr array, an `Npy`, or a group that is a CSR matrix.
 
         Raises:
           InputError: no matrix of real numbers, one stored by columns, or positions that do not
@@ -157,12 +216,17 @@ class Rows:
     def _fill(self, out: np.ndarray, start: int, stop: int) -> None:
         everywhere = self.positions is None
         chosen = np.arange(start, stop) if everywhere else self.positions[start:stop]
-        far = np.flatnonzero(np.diff(chosen) > _GAP) + 1
-        cuts = np.union1d(far, np.arange(self.block_rows, len(chosen), self.block_rows))
+        gap = getattr(self._source, "gap_rows", _GAP)
+        span = getattr(self._source, "span_rows", self.block_rows)
+        cuts = np.flatnonzero((np.diff(chosen) > gap) | np.diff(chosen // span).astype(bool)) + 1
         for i, j in itertools.pairwise([0, *cuts.tolist(), len(chosen)] if len(chosen) else []):
             first, last = int(chosen[i]), int(chosen[j - 1])
-            span = self._source[first : last + 1]
-            out[i:j] = span if len(span) == j - i else span[chosen[i:j] - first]
+            if last + 1 - first > j - i:
+                out[i:j] = self._source[first : last + 1][chosen[i:j] - first]
+            elif isinstance(self._source, Npy):
+                self._source.read_into(out[i:j], first)
+            else:
+                out[i:j] = self._source[first : last + 1]
 
 
 def _rising(positions: Any, rows: int, name: str) -> np.ndarray:

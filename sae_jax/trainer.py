@@ -4,6 +4,8 @@ Between calls the state is all there is to know: members that have stopped are t
 checkpoints are written there, and a run that is resumed goes on from there bit for bit.
 """
 
+import dataclasses
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -17,9 +19,11 @@ from jax.sharding import Mesh
 from sae_jax import distributed, ensemble, feeds, programs, steps
 from sae_jax.checkpoint import Checkpoints
 from sae_jax.config import Architecture
+from sae_jax.errors import InputError
 from sae_jax.state import History, Hyperparams, Params, TrainState
 
 CALL_SECONDS = 1.0  # how often the host hears of the program
+TABLES = 2  # of histories that exist at once: those of the members, and all together
 
 
 @struct.dataclass
@@ -97,11 +101,13 @@ def train_bucket(
     if (members < 0).any():
         states = _chosen(states, np.where(members < 0, -1, np.arange(len(own))), mesh)
     trained, at = _blank(states, len(own), epochs), 0
-    found = None if checkpoints is None else checkpoints.latest(Position(states, members, trained))
+    found = None
+    if checkpoints is not None:
+        found = checkpoints.latest(Position(states, members, trained), own, ".trained.diverged")
     batches = len(rows) // architecture.batch_size
     if found is not None:
-        at, held = found
-        states, members = _resumed(held, own, states, trained, mesh)
+        at, held, first = found
+        states, members = _resumed(held, first, own, states, trained, mesh)
         hyper = ensemble.take(hyper, np.where(members < 0, 0, members - own.start), mesh)
         on_steps(at, _mean_loss(states))
     given = (rows, validation, data_seed, patience or 0)
@@ -148,14 +154,39 @@ def train_bucket(
 def _blank(states: TrainState, members: int, epochs: int) -> Trained:
     """Of so many members, before the first step: to be filled."""
     patient = states.best is not None
-    history = steps.blank_history((members, epochs), states.params.decoder.dtype)
+    shapes = functools.partial(steps.blank_history, (members, epochs), states.params.decoder.dtype)
     found = Trained(
         params=states.params,
         diverged=states.diverged,
         best_epoch=states.step if patient else None,
-        history=history,
+        history=jax.eval_shape(shapes),
     )
     return jax.tree.map(lambda leaf: _blank_copy(leaf, members), found)
+
+
+def history_bytes(members: int, epochs: int, itemsize: int) -> int:
+    """What the histories of so many members take on the host of each process in the end, none of it
+    on devices: as trained, and as tables that are put together, with member and epoch in each row.
+    """
+    numbers = len(dataclasses.fields(History)) * itemsize
+    return members * epochs * (numbers + TABLES * (numbers + 16))
+
+
+def check_histories(members: int, epochs: int, itemsize: int) -> None:
+    """Refuses so many epochs that the histories of a run take more than half of the host's memory;
+    the other half is what training on CPUs takes.
+
+    Raises:
+      InputError: in every process.
+    """
+    room = int(distributed.agree(np.int64(distributed.host_memory())).min()) // 2
+    size = history_bytes(members, epochs, itemsize)
+    if size > room:
+        raise InputError(
+            f"epochs={epochs} of {members} configurations leave a history of {size / 2**30:,.1f} "
+            f"GiB, and this machine has {room / 2**30:,.1f} for it: give fewer epochs, or fewer "
+            "configurations a run"
+        )
 
 
 def _blank_copy(leaf: Any, members: int) -> np.ndarray:
@@ -189,15 +220,15 @@ def _chosen(states: TrainState, rows: np.ndarray, mesh: Mesh) -> TrainState:
 
 
 def _resumed(
-    held: Position, own: range, fresh: TrainState, trained: Trained, mesh: Mesh
+    held: Position, first: int, own: range, fresh: TrainState, trained: Trained, mesh: Mesh
 ) -> tuple[TrainState, np.ndarray]:
     """A checkpoint on as many devices and processes as there are now: states and members.
 
-    held: of all processes. own: the members of this one. fresh: their states, for spare rows.
-    trained: is filled.
+    held: from the member `first` on. own: the members of this process. fresh: their states, for
+    spare rows. trained: is filled.
     """
     for whole, part in zip(jax.tree.leaves(trained), jax.tree.leaves(held.trained), strict=True):
-        there = part[own.start : own.stop]  # as many as filled up another mesh
+        there = part[own.start - first : own.stop - first]  # as many as filled up another mesh
         whole[: len(there)] = there
     rows = np.flatnonzero((held.members >= own.start) & (held.members < own.stop))
     size = max(1, distributed.agree(len(rows)).max())

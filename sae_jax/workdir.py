@@ -9,6 +9,7 @@ checkpoints/<member>/       of the program in training whose first member this i
 
 import contextlib
 import dataclasses
+import os
 import shutil
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
-from sae_jax import files, lock, manifest
+from sae_jax import checkpoint, files, lock, manifest
 from sae_jax.dictionary import Dictionary
 from sae_jax.errors import InputError, brief
 from sae_jax.files import check_writable
@@ -38,6 +39,7 @@ class Member:
 
 
 OURS = ("configs.json", "results.parquet", "history.parquet", "dictionaries")
+FOLDERS = ("dictionaries", "checkpoints", "figures")  # of a run, and of the programs that draw
 _HISTORY = tuple(field.name for field in dataclasses.fields(History))
 SETTINGS = ("quickstart.json", "sweep.json", "train.json")  # of programs, that come first
 
@@ -66,6 +68,9 @@ class Workdir:
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         self.path = path
         check_writable(path)
+        for folder in (path / name for name in FOLDERS):
+            if os.path.lexists(folder) and not folder.is_dir():
+                raise InputError(f"{folder} is a file where a folder is wanted: move it away")
         config_file = path / "configs.json"
         if config_file.exists():
             found = read_json(config_file)
@@ -146,9 +151,13 @@ class Workdir:
     def keep_checkpoints(self, firsts: list[int]) -> None:
         """Delete those of all other programs: killed after they finished."""
         kept = {self.checkpoints(first).name for first in firsts}
-        for path in (self.path / "checkpoints").glob("*"):
-            name = path.name.partition(".")[0]
-            if name.isdigit() and name not in kept:
+        for path in (self.path / "checkpoints").glob("[0-9]*"):
+            name = path.name.removesuffix(".json").removesuffix(".skipped")
+            if not name.isdigit() or name in kept:  # of a user's, who has renamed it, say
+                continue
+            if path.is_dir():
+                checkpoint.remove(path)
+            else:
                 files.remove(path)
         with contextlib.suppress(OSError):  # others are there, or none ever were
             (self.path / "checkpoints").rmdir()

@@ -22,5 +22,8 @@ FOUND: dict[str, tuple[str, str, bytes]] = {
     "more columns than pandas expects": (
         "multidgd", "small_obs.csv", b"cell,train_val_test\na,train,b\n",
     ),
+    "half of a character in a name, which no table holds": (
+        "configurations (JSON, list)", "c.json", b'[{"n_latents": 6, "name": "\\ud800"}]',
+    ),
     "a secret that is no hexadecimal": ("browser's secret", "secret", b"\xff" * 64),
 }  # fmt: skip

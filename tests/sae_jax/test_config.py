@@ -145,6 +145,8 @@ def test_presets_refuse(preset: str, fields: dict[str, Any], message: str) -> No
         ({"bandwidth": 0}, "^bandwidth=0.0 must be finite and above 0"),
         ({"resample_every": 0}, "^resample_every=0 must be an integer at least 1"),
         ({"pre_bias": "tied", "decoder_bias": "none"}, "pre_bias='tied'.*decoder_bias is 'none'"),
+        ({"name": 3}, "^name=3 must be text"),
+        ({"name": "a\ud800"}, r"^name='a\\ud800' holds half of a character"),
     ],
 )
 def test_configs_refuse_and_name_the_field(fields: dict[str, Any], message: str) -> None:

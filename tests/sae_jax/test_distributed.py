@@ -9,7 +9,7 @@ import pytest
 
 from sae_jax import InputError, distributed
 
-PLENTY = distributed._host_memory()
+PLENTY = distributed.host_memory()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +76,8 @@ def test_memory_is_what_the_control_group_allows(
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    assert distributed._host_memory(tmp_path) == expected
+    assert distributed.host_memory(tmp_path) == expected
 
 
 def test_without_control_groups_memory_is_the_machines(tmp_path: Path) -> None:
-    assert distributed._host_memory(tmp_path) == PLENTY
+    assert distributed.host_memory(tmp_path) == PLENTY

@@ -3,10 +3,13 @@ import errno
 import gzip
 import json
 import os
+import re
 import resource
 import shutil
 import sqlite3
 import stat
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,7 +20,7 @@ import pytest
 import safetensors.numpy
 import zarr
 
-from sae_jax import disk, files
+from sae_jax import InputError, disk, files
 from sae_jax.disk import DiskError
 
 
@@ -360,6 +363,35 @@ def test_what_libraries_make_of_a_disk_that_refuses(fault: Exception, number: in
     handled.__suppress_context__ = True
     assert disk.refused(handled) is None
     assert os.strerror(number) in disk.message(wrapped, Path("there"))
+
+
+def test_a_disk_without_inodes_is_told_as_one(tmp_path: Path) -> None:
+    """In a namespace of its own, where a small disk may be mounted."""
+    code = (
+        "from pathlib import Path; from sae_jax import disk, files\n"
+        "try:\n    for i in range(9): files.write_json(f'/mnt/{i}.json', i)\n"
+        "except disk.DiskError as error: print(error)"
+    )
+    mount = "mount -t tmpfs -o size=1m,nr_inodes=7 none /mnt"
+    command = ["unshare", "-rm", "sh", "-c", f'{mount} && exec "$0" -c "$1"', sys.executable, code]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    if "unshare" in ended.stderr or "mount" in ended.stderr:
+        pytest.skip("no namespaces here")
+    told = r"/mnt/\d.json cannot be written: No space left on device; .*no inodes .*\. Make room"
+    assert re.match(told, ended.stdout), ended
+    assert " free on its disk" in disk.told(errno.ENOSPC, tmp_path / "none" / "such")
+
+
+@pytest.mark.parametrize("path", ["new/../x", "there/new/../../x", "new/../../x"])
+def test_a_way_over_a_folder_that_is_not_there_is_refused(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be made on the way, and stay."""
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=f"^{path} leads over a folder that is not there"):
+        files.check_writable(Path(path))
+    files.check_writable(Path("there/../x/y"))
 
 
 def test_nothing_is_written_to_another_disk_of_the_same_name(tmp_path: Path) -> None:

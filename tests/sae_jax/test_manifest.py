@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sae_jax import InputError, files, manifest
+from sae_jax import InputError, files, manifest, pulse
 
 NAMES = ("results.parquet", "empty.txt", "dictionaries", "figures")
 
@@ -34,6 +34,24 @@ def test_what_was_finished_is_as_it_was(folder: Path) -> None:
     assert sorted(listed) == ["dictionaries/0000/weights", "empty.txt", "results.parquet"]
     (folder / "notes.txt").write_text("mine")  # who adds a file has damaged none
     assert manifest.check(folder, "full") == 3
+
+
+def test_every_file_that_is_read_is_a_sign_of_life(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And none that the others, who wait meanwhile, are behind by."""
+    beats: list[str] = []
+    (tmp_path / "pulse").write_bytes(pulse.record(0, "starting"))
+    monkeypatch.setenv(pulse.VARIABLE, str(tmp_path / "pulse"))
+    monkeypatch.setattr(pulse, "_count", 0)
+    real = pulse.record
+    monkeypatch.setattr(pulse, "record", lambda *told: beats.append(told[1]) or real(*told))
+    manifest.check(folder, "full")
+    assert sorted(beats) == ["reading empty.txt", "reading results.parquet", "reading weights"]
+    with (tmp_path / "pulse").open() as file:
+        assert pulse.read(file.fileno()).count == 0
+    manifest.write(folder, NAMES)
+    assert len(beats) == 6
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)

@@ -1,6 +1,7 @@
 import contextlib
 import gc
 import itertools
+import os
 import threading
 import time
 import weakref
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from scipy import sparse
 
 from sae_jax import InputError, data, streaming
-from sae_jax.streaming import Plan, Rows
+from sae_jax.streaming import Npy, Plan, Rows
 
 X = np.random.default_rng(0).poisson(0.5, (1200, 7)).astype(np.float32)
 X[::2, 3] = 0.1  # no integers alone
@@ -33,7 +34,7 @@ def _source(kind: str, folder: Path, x: np.ndarray = X) -> Any:
         return x
     if kind in ("npy", "fortran"):
         np.save(folder / "x.npy", np.asfortranarray(x) if kind == "fortran" else x)
-        return np.load(folder / "x.npy", mmap_mode="r")
+        return Npy(folder / "x.npy")
     if kind in ("h5", "chunked"):
         chunks = {"chunks": (100, 3), "compression": "gzip"} if kind == "chunked" else {}
         with h5py.File(folder / "x.h5", "w") as file:
@@ -80,6 +81,36 @@ def test_chosen_rows_are_those_of_the_array(rows: Rows, positions: np.ndarray) -
     np.testing.assert_array_equal(rows[10:500], X[10:500])
     every_other = np.arange(0, len(positions), 2)
     np.testing.assert_array_equal(np.asarray(chosen.take(every_other)), X[positions[every_other]])
+
+
+@pytest.mark.parametrize("dtype", [">f4", "<f8", ">f8", "<f2", "<i8", "u1"])
+@pytest.mark.parametrize("order", "CF")
+def test_an_npy_file_of_any_numbers_is_read(dtype: str, order: str, tmp_path: Path) -> None:
+    values = (X * 8).astype(dtype)
+    np.save(tmp_path / "x.npy", np.asarray(values, order=order))
+    rows = data.open_rows(str(tmp_path / "x.npy"))
+    assert rows.dtype == (np.float64 if dtype[1:] == "f8" else np.float32)
+    np.testing.assert_array_equal(rows[:], values)
+    rows._source.span_rows = 50  # so that a read is made of several
+    np.testing.assert_array_equal(rows.read([(3, 900), (17, 18)]), values[np.r_[3:900, 17:18]])
+    np.testing.assert_array_equal(rows.take(CHOSEN)[:], values[CHOSEN])
+
+
+@pytest.mark.parametrize("order", "CF")
+def test_an_npy_file_that_is_cut_while_it_is_read_is_told(order: str, tmp_path: Path) -> None:
+    """A memory map would end the process."""
+    path = tmp_path / "x.npy"
+    np.save(path, np.asarray(X, order=order))
+    rows = data.open_rows(str(path))
+    np.testing.assert_array_equal(rows[:], X)
+    os.truncate(path, 2**13)
+    with pytest.raises(InputError, match=r"x\.npy, rows 1100 to 1199, .* cut, .* 8,192 bytes$"):
+        rows[1100:]
+    with (
+        pytest.raises(InputError, match=r"x\.npy, rows .* cut"),
+        contextlib.closing(streaming.prefetched(rows, Plan(1200, 100), range(1))) as buffers,
+    ):
+        list(buffers)
 
 
 class Counting:

@@ -1,6 +1,7 @@
 """Epochs, batches and chunks of `trainer.train_bucket`."""
 
 import dataclasses
+import tracemalloc
 from typing import Any
 
 import jax
@@ -8,7 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sae_jax import SAEConfig, distributed, ensemble, feeds, models, programs, steps, trainer
+from sae_jax import (
+    InputError,
+    SAEConfig,
+    distributed,
+    ensemble,
+    feeds,
+    models,
+    programs,
+    steps,
+    trainer,
+)
+from sae_jax.workdir import Member, tables
 
 CONFIGS = [
     SAEConfig(d_in=3, n_latents=7, batch_size=8, l1_weight=l1, seed=seed, learning_rate=0.01)
@@ -43,6 +55,44 @@ def assert_same_bits(found: Any, expected: Any) -> None:
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert a.dtype == b.dtype
         assert a.tobytes() == b.tobytes()
+
+
+def test_histories_that_the_host_does_not_hold_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    size = trainer.history_bytes(3, 1000, 4)
+    monkeypatch.setattr(distributed, "host_memory", lambda: 2 * size)
+    trainer.check_histories(3, 1000, 4)
+    with pytest.raises(InputError, match=r"epochs=1001 of 3 configurations .* fewer epochs"):
+        trainer.check_histories(3, 1001, 4)
+
+
+def test_histories_take_what_is_stated() -> None:
+    members, epochs = 2, 200_000
+    shape = (members, epochs)
+    tracemalloc.start()  # NumPy and pandas tell it what they allocate
+    try:
+        history = jax.tree.map(lambda _: np.zeros(shape, np.float32), steps.blank_history((), "f"))
+        trained = [
+            Member(None, {"k": 1}, jax.tree.map(lambda leaf, i=i: leaf[i], history))
+            for i in range(members)
+        ]
+        tables(dict(enumerate(trained)))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    stated = trainer.history_bytes(members, epochs, 4)
+    assert 0.9 * stated < peak < 1.05 * stated
+
+
+def test_histories_are_not_on_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+    real = trainer._blank_copy
+    monkeypatch.setattr(
+        trainer, "_blank_copy", lambda leaf, count: given.append(leaf) or real(leaf, count)
+    )
+    history = train(epochs=3).history
+    assert history.loss.shape == (3, 3)
+    assert not any(isinstance(leaf, jax.Array) for leaf in given if leaf.shape == (3, 3))
+    assert len([leaf for leaf in given if leaf.shape == (3, 3)]) == 5
 
 
 @pytest.mark.parametrize("rows", [8, 15, 45])
