@@ -149,8 +149,6 @@ def configs_from_file(path: Path, d_in: int) -> list[SAEConfig]:
     for config in configs:
         if config.d_in != d_in:
             raise InputError(f"{path} says d_in={config.d_in}; the data has {d_in} dimensions")
-        if not isinstance(config.name, str):
-            raise InputError(f"{path}: name={config.name!r} must be text")
     return configs
 
 

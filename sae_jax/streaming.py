@@ -70,8 +70,7 @@ class Csr:
 
 
 class Npy:
-    """An .npy file of which only the slices asked for are read, into one buffer: each slice is
-    overwritten by the next.
+    """An .npy file of which only the slices asked for are read.
 
     A memory map would end the process (SIGBUS) where the file is cut while it is read.
 
@@ -91,15 +90,11 @@ class Npy:
         row_bytes = int(np.prod(self.shape[1:])) * self.dtype.itemsize
         self.span_rows = max(stored // max(row_bytes, 1), 1)
         self.gap_rows = gap // max(self.dtype.itemsize if self._by_columns else row_bytes, 1)
-        self._buffer = np.empty(0, np.uint8)
 
     def __getitem__(self, key: slice) -> np.ndarray:
         rows, d_in = self.shape
         count = key.stop - key.start
-        size = count * d_in * self.dtype.itemsize
-        if size > len(self._buffer):
-            self._buffer = np.empty(size, np.uint8)
-        raw = self._buffer[:size]
+        raw = np.empty(count * d_in * self.dtype.itemsize, np.uint8)
         if not self._by_columns:
             self._read(raw, key.start * d_in)
             return raw.view(self.dtype).reshape(count, d_in)
