@@ -55,7 +55,6 @@ def check(
         if len(x) < 2:
             raise InputError(f"{name} has one row; its variance is needed, so give two or more")
         given[name] = x.astype(rows.dtype, copy=False)
-    trainer.check_histories(len(configs), int(epochs), rows.dtype.itemsize)
     for config in configs:
         if config.d_in != rows.shape[1]:
             raise InputError(
@@ -81,6 +80,7 @@ def check(
                 f"warm-up of the penalty raises those of {config.name}: give validation rows, or "
                 "leave one of the two out"
             )
+    trainer.check_histories(len(configs), int(epochs), rows.dtype.itemsize)
     for architecture, chosen in ensemble.buckets(configs).items():
         if isinstance(rows, Rows):
             bucket.buffer_rows(rows, resident_bytes, architecture)

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from sae_jax import distributed, ensemble, feeds, programs, steps
 from sae_jax.checkpoint import Checkpoints
 from sae_jax.config import Architecture
-from sae_jax.errors import InputError
+from sae_jax.errors import InputError, counted
 from sae_jax.state import History, Hyperparams, Params, TrainState
 
 CALL_SECONDS = 1.0  # how often the host hears of the program
@@ -183,9 +183,9 @@ def check_histories(members: int, epochs: int, itemsize: int) -> None:
     size = history_bytes(members, epochs, itemsize)
     if size > room:
         raise InputError(
-            f"epochs={epochs} of {members} configurations leave a history of {size / 2**30:,.1f} "
-            f"GiB, and this machine has {room / 2**30:,.1f} for it: give fewer epochs, or fewer "
-            "configurations a run"
+            f"epochs={epochs} of {counted(members, 'configuration')} leave a history of "
+            f"{size / 2**30:,.1f} GiB, and this machine has {room / 2**30:,.1f} for it: give fewer "
+            "epochs, or fewer configurations a run"
         )
 
 

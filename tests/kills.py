@@ -8,6 +8,7 @@ killed (SIGKILL, one in three SIGTERM) a random time after they announced the wo
 """
 
 import hashlib
+import os
 import random
 import shutil
 import signal
@@ -53,11 +54,11 @@ def outcome(folder: Path) -> dict[str, str]:
 def started(folder: Path, epochs: int) -> subprocess.Popen:
     """The command, once it has said what it will do: imports take their own time."""
     process = subprocess.Popen(
-        command(folder, epochs), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-    for line in process.stderr:
-        if " programs" in line:
-            break
+        command(folder, epochs), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )  # fmt: skip
+    if not any(" programs" in line for line in process.stdout):
+        raise RuntimeError(f"it has announced no work: {process.communicate()[1]}")
     return process
 
 
