@@ -65,17 +65,22 @@ def test_histories_that_the_host_does_not_hold_are_refused(monkeypatch: pytest.M
         trainer.check_histories(3, 1001, 4)
 
 
+def _tables_of_histories(members: int, epochs: int) -> None:
+    blank = steps.blank_history((), "f")
+    history = jax.tree.map(lambda _: np.zeros((members, epochs), np.float32), blank)
+    trained = [
+        Member(None, {"k": 1}, jax.tree.map(lambda leaf, i=i: leaf[i], history))
+        for i in range(members)
+    ]
+    tables(dict(enumerate(trained)))
+
+
 def test_histories_take_what_is_stated() -> None:
     members, epochs = 2, 200_000
-    shape = (members, epochs)
+    _tables_of_histories(members, 1)  # imports pandas
     tracemalloc.start()  # NumPy and pandas tell it what they allocate
     try:
-        history = jax.tree.map(lambda _: np.zeros(shape, np.float32), steps.blank_history((), "f"))
-        trained = [
-            Member(None, {"k": 1}, jax.tree.map(lambda leaf, i=i: leaf[i], history))
-            for i in range(members)
-        ]
-        tables(dict(enumerate(trained)))
+        _tables_of_histories(members, epochs)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -89,10 +94,10 @@ def test_histories_are_not_on_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         trainer, "_blank_copy", lambda leaf, count: given.append(leaf) or real(leaf, count)
     )
-    history = train(epochs=3).history
-    assert history.loss.shape == (3, 3)
-    assert not any(isinstance(leaf, jax.Array) for leaf in given if leaf.shape == (3, 3))
-    assert len([leaf for leaf in given if leaf.shape == (3, 3)]) == 5
+    history = train(epochs=5).history
+    assert history.loss.shape == (3, 5)
+    assert not any(isinstance(leaf, jax.Array) for leaf in given if leaf.shape == (3, 5))
+    assert len([leaf for leaf in given if leaf.shape == (3, 5)]) == 5
 
 
 @pytest.mark.parametrize("rows", [8, 15, 45])
