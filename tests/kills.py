@@ -77,6 +77,8 @@ def run_killed(folder: Path, epochs: int, seconds: float, kills: int, seed: int)
         process.send_signal(kind)
         _, printed = process.communicate()
         if process.returncode == 0:
+            if seconds < 1e-3:
+                raise RuntimeError("it has always ended before it could be killed")
             shutil.rmtree(folder)
             killed, seconds = 0, seconds / 2
         elif process.returncode in (-signal.SIGKILL, -signal.SIGTERM, 143):
