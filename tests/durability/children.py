@@ -35,17 +35,22 @@ class Child:
         os.write(self._gate, b"x")
         os.close(self._gate)
 
-    def wait(self, limit: float | None = LIMIT) -> int:
-        """Its exit status; of one that was killed the signal's number, negative.
+    def ended(self) -> int | None:
+        """Its exit status; of one that was killed the signal's number, negative. None while it
+        works."""
+        pid, status = os.waitpid(self.pid, os.WNOHANG)
+        return os.waitstatus_to_exitcode(status) if pid else None
+
+    def wait(self, limit: float = LIMIT) -> int:
+        """What `ended` says, at its end.
 
         Raises:
           TimeoutError: it takes more than `limit` seconds; it is killed then.
         """
         began = time.monotonic()
-        while limit is None or time.monotonic() < began + limit:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                return os.waitstatus_to_exitcode(status)
+        while time.monotonic() < began + limit:
+            if (status := self.ended()) is not None:
+                return status
             time.sleep(0.01)
         os.kill(self.pid, signal.SIGKILL)
         os.waitpid(self.pid, 0)

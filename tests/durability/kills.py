@@ -21,6 +21,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from tests.durability import children, order, tracing
 from tests.durability.stages import OUT, Stage
 from tests.durability.tracing import Event
@@ -102,8 +104,8 @@ def _digest(stage: Stage, path: Path) -> str:
 
 
 def unbroken(stage: Stage, base: Path) -> Unbroken:
-    """The stage three times: to fill caches of compilers and see what it imports on its way, to be
-    timed, to be traced.
+    """The stage three times: to fill caches of compilers and see what it imports on its way (the
+    file `modules` of `base`), to be timed, to be traced.
 
     Raises:
       RuntimeError: a run fails, or two of them differ.
@@ -117,10 +119,7 @@ def unbroken(stage: Stage, base: Path) -> Unbroken:
             seen.write_text("\n".join(sys.modules))
 
     _must(children.run(listing, place(base, "warm")), base / "warm")
-    for name in seen.read_text().splitlines():
-        with contextlib.suppress(Exception):  # some are not to be imported by their names
-            importlib.import_module(name)
-    gc.freeze()  # or collecting would copy all memory into every child
+    warm(base)
     folder, began = place(base, "timed"), time.monotonic()
     _must(children.run(lambda: stage.run(False), folder), folder)
     seconds = time.monotonic() - began
@@ -132,6 +131,14 @@ def unbroken(stage: Stage, base: Path) -> Unbroken:
     events = tracing.watch(child, folder / OUT)
     _must(child.wait(), folder)
     return Unbroken(first, seconds, events)
+
+
+def warm(base: Path) -> None:
+    """Import what the unbroken run did."""
+    for name in (base / "modules").read_text().splitlines():
+        with contextlib.suppress(Exception):  # some are not to be imported by their names
+            importlib.import_module(name)
+    gc.freeze()  # or collecting would copy all memory into every child
 
 
 def _must(status: int, folder: Path) -> None:
@@ -167,11 +174,11 @@ def points(events: Sequence[Event], out: Path, most: int, seed: int) -> list[int
     return sorted(chosen - {0})
 
 
-def freeze(stage: Stage, base: Path, numbers: Sequence[int]) -> dict[int, tuple[str, Path]]:
+def freeze(stage: Stage, base: Path, numbers: Sequence[int]) -> dict[int, tuple[str, str]]:
     """What a kill after the events of these numbers would leave, copied while the process stands
     still: by number the event and the copy. States that repeat are copied once."""
     folder, wanted = place(base, "frozen"), sorted(numbers, reverse=True)
-    found: dict[int, tuple[str, Path]] = {}
+    found: dict[int, tuple[str, str]] = {}
     seen = set()
 
     def copied(events: list[Event]) -> bool:
@@ -183,7 +190,7 @@ def freeze(stage: Stage, base: Path, numbers: Sequence[int]) -> dict[int, tuple[
                 copy = place(base, f"after-{number}")
                 shutil.copytree(folder / OUT, copy / OUT, symlinks=True)
                 shutil.copy(folder / "said", copy)
-                found[number] = str(events[-1]), copy
+                found[number] = str(events[-1]), str(copy)
         return False
 
     child = children.start(lambda: stage.run(False), folder)
@@ -202,9 +209,14 @@ def state(out: Path) -> str:
     return told.hexdigest()
 
 
-def resume(stage: Stage, folder: Path, expected: dict[str, str], at: str) -> Killed:
-    """Give the command again where a killed one would have left this."""
-    return _again(stage, folder, expected, at, time.monotonic())
+def resume(stage: Stage, frozen: Path, expected: dict[str, str], at: str) -> Killed:
+    """Give the command again in a copy of what a killed one would have left, so that what is
+    frozen stays as it was if this check is killed itself."""
+    began = time.monotonic()
+    folder = place(frozen.parent, f"again-{frozen.name}")
+    shutil.copytree(frozen / OUT, folder / OUT, symlinks=True)
+    shutil.copy(frozen / "said", folder)
+    return _again(stage, folder, expected, at, began)
 
 
 def kill_after_event(stage: Stage, base: Path, expected: dict[str, str], number: int) -> Killed:
@@ -222,26 +234,37 @@ def kill_after_event(stage: Stage, base: Path, expected: dict[str, str], number:
 
 
 def share(tasks: Sequence[Callable[[], Killed]], base: Path, jobs: int) -> list[Killed]:
-    """Do tasks in so many processes; their results in order, which `base`/done tells meanwhile."""
+    """Do tasks in so many processes; their results in order. They are kept in `base`/done as they
+    come: those that are there are not done again."""
     done = base / "done"
-    done.unlink(missing_ok=True)
+    left = sorted(set(range(len(tasks))) - _results(done).keys())
 
     def work(first: int) -> None:
-        for i in range(first, len(tasks), jobs):
+        for i in left[first::jobs]:
             result = tasks[i]()
-            with done.open("a") as file:
+            with done.open("a") as file:  # a line is one write, whole or not there
                 file.write(json.dumps([i, dataclasses.asdict(result)]) + "\n")
 
-    workers = [
-        children.start(functools.partial(work, i), base, f"worker-{i}")
-        for i in range(min(jobs, len(tasks)))
-    ]
+    workers = [children.start(functools.partial(work, i), base, f"worker-{i}") for i in range(jobs)]
     for worker in workers:
         worker.release()
-    for worker in workers:
-        _must(worker.wait(limit=None), base)
-    found = dict(json.loads(line) for line in done.read_text().splitlines())
-    return [Killed(**found[i]) for i in range(len(tasks))]
+    tqdm.monitor_interval = 0  # a thread, of which children would have half
+    with tqdm(total=len(tasks), initial=len(tasks) - len(left), desc=base.name) as bar:
+        while workers:
+            for worker in list(workers):
+                if (status := worker.ended()) is not None:
+                    _must(status, base)
+                    workers.remove(worker)
+            time.sleep(0.2)
+            bar.update(len(_results(done)) - bar.n)
+    found = _results(done)
+    return [found[i] for i in range(len(tasks))]
+
+
+def _results(done: Path) -> dict[int, Killed]:
+    """By the number of the task."""
+    lines = done.read_text().splitlines() if done.exists() else []
+    return {i: Killed(**each) for i, each in map(json.loads, lines)}
 
 
 def kill_after_seconds(

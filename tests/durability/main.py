@@ -14,7 +14,8 @@ Each stage is a small command on real formats (see stages.py). It is run unbroke
 - full: the command on a tmpfs of 4 MB with little room: one line says so, nothing partial stays,
   and with room the same command goes on.
 
-It must show: identical in all lines, no violations. About an hour on two cores.
+It must show: identical in all lines, no violations. With --most=3 about an hour on two cores, with
+--most=0 some three hours; given again with the same --folder, it goes on where it was killed.
 """
 
 import functools
@@ -24,7 +25,6 @@ import random
 import shutil
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ stages.settle()
 from absl import flags  # noqa: E402
 
 from tests.durability import full, kills, order, tracing  # noqa: E402
+from tests.durability.begun import Begun, begin  # noqa: E402
 from tests.durability.stages import OUT, STAGES, Stage  # noqa: E402
 
 FLAGS = flags.FlagValues()  # of its own: the commands define theirs in this process
@@ -63,6 +64,7 @@ ABOUT = """Written by `python -m tests.durability.main --table=docs/durability.m
 and with the flags that the first table names; it must show: identical in all lines, no violations,
 no partial files, and a single line that names the path. What lies on a disk that loses power is not
 tried: the order of fsyncs is shown, and whether the disk keeps to it is its own affair."""
+ASKED = ("checks", "most", "states", "real", "random", "seed")
 FILLED = (0, 0.1, 0.3, 0.6, 0.9)  # free room, of what a whole run takes
 
 
@@ -81,7 +83,10 @@ def define_flags() -> None:
     flags.DEFINE_integer("seed", 0, "Of what is drawn at random.", 0, **own)
     flags.DEFINE_string("table", None, "Markdown file to write the tables to, too.", **own)
     flags.DEFINE_string(
-        "folder", None, "For runs, to look at what went wrong; default: temporary.", **own
+        "folder",
+        None,
+        "For runs, to look at what went wrong, and to go on in; default: temporary.",
+        **own,
     )
 
 
@@ -96,16 +101,13 @@ def main() -> None:
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder / "programs"))
     wrong: list[str] = []
     for name in names:
-        base = folder / name
-        shutil.rmtree(base, ignore_errors=True)
-        base.mkdir(parents=True)
-        stage = STAGES[name]
+        base, stage = folder / name, STAGES[name]
         stage.load()
-        kills.prepare(stage, base)
-        run = kills.unbroken(stage, base)
+        begun = begin(stage, base, {flag: FLAGS[flag].value for flag in ASKED})
+        run = begun.run
         found: dict[str, list[dict[str, Any]]] = {"sampled": [sampled(stage)]}
         if "kills" in FLAGS.checks:
-            found["kills"] = [killed(stage, base, run, wrong)]
+            found["kills"] = [killed(stage, base, begun, wrong)]
         if "order" in FLAGS.checks:
             found["order"] = [ordered(stage, base, run, wrong)]
         if "full" in FLAGS.checks:
@@ -135,34 +137,31 @@ def sampled(stage: Stage) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def killed(stage: Stage, base: Path, run: kills.Unbroken, wrong: list[str]) -> dict[str, Any]:
+def killed(stage: Stage, base: Path, begun: Begun, wrong: list[str]) -> dict[str, Any]:
     """A row of the first table."""
-    began, chance = time.monotonic(), random.Random(FLAGS.seed)
-    most = FLAGS.most or len(run.events)
-    numbers = kills.points(run.events, base / "traced" / OUT, most, FLAGS.seed)
-    frozen = kills.freeze(stage, base, numbers)
-    states = chance.sample(sorted(frozen), min(FLAGS.states or len(frozen), len(frozen)))
-    some = chance.sample(numbers, min(FLAGS.real, len(numbers)))
+    run, chance = begun.run, random.Random(FLAGS.seed)
     at = [chance.uniform(0, run.seconds) for _ in range(FLAGS.random)]
-    expected = run.outcome
     tasks = {
-        "frozen": [functools.partial(kills.resume, stage, copy, expected, told)
-                   for told, copy in (frozen[number] for number in states)],
-        "by strace": [functools.partial(kills.kill_after_event, stage, base, expected, number)
-                      for number in some],
-        "at random": [functools.partial(kills.kill_after_seconds, stage, base, expected, t, i)
+        "frozen": [functools.partial(kills.resume, stage, Path(frozen), run.outcome, told)
+                   for told, frozen in begun.frozen.values()],
+        "by strace": [functools.partial(kills.kill_after_event, stage, base, run.outcome, number)
+                      for number in begun.some],
+        "at random": [functools.partial(kills.kill_after_seconds, stage, base, run.outcome, t, i)
                       for i, t in enumerate(at)],
     }  # fmt: skip
     every = kills.share([task for group in tasks.values() for task in group], base, FLAGS.jobs)
     results = every
     row: dict[str, Any] = {"stage": stage.name, "calls": len(run.events)}
-    row |= kills.counted(run.events) | {"stopped after": len(numbers)}
+    row |= kills.counted(run.events) | {"stopped after": begun.stopped}
     for name, group in tasks.items():
         own, results = results[: len(group)], results[len(group) :]
         row[name] = f"{sum(not each.wrong for each in own)} of {len(own)}"
         wrong += [f"{stage.name}, {name}, {each.at}: {each.wrong}" for each in own if each.wrong]
     row["empty folders left"] = sum(bool(each.husks) for each in every)
-    return row | {"seconds a run": f"{run.seconds:.1f}", "seconds": round(time.monotonic() - began)}
+    return row | {
+        "seconds a run": f"{run.seconds:.1f}",
+        "seconds of all": round(sum(each.seconds for each in every)),
+    }
 
 
 def ordered(stage: Stage, base: Path, run: kills.Unbroken, wrong: list[str]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The whole of it takes an hour (see main.py); here one stage, a few kills."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -15,12 +16,21 @@ REPOSITORY = Path(__file__).parents[2]
 @pytest.mark.skipif(not tracing.available(), reason="strace cannot trace here")
 def test_killed_commands_go_on(tmp_path: Path) -> None:
     argv = ["--stage=browse", "--checks=kills", "--most=1", "--real=1", "--random=1", "--jobs=1"]
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.durability.main", *argv, f"--folder={tmp_path}"],
-        capture_output=True, text=True, cwd=REPOSITORY, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.endswith("nothing is wrong\n")
+
+    def study() -> list[str]:
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.durability.main", *argv, f"--folder={tmp_path}"],
+            capture_output=True, text=True, cwd=REPOSITORY, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.stdout.endswith("nothing is wrong\n")
+        return (tmp_path / "browse/done").read_text().splitlines()
+
+    first = study()
+    (tmp_path / "browse/done").write_text("".join(f"{line}\n" for line in first[:-2]))
+    again = study()  # as if it had been killed
+    assert again[:-2] == first[:-2]
+    assert [json.loads(line)[0] for line in again] == [json.loads(line)[0] for line in first]
 
 
 def test_lines_of_strace() -> None:
