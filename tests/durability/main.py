@@ -43,15 +43,16 @@ FLAGS = flags.FlagValues()  # of its own: the commands define theirs in this pro
 TOLD = {
     "sampled": """## What was sampled
 Each stage is a small command (`tests/durability/stages.py`), not the work of a user. A kill can
-come at any moment, and these are samples of them: all calls before and after which what has its
-final place differs, and of those that write aside so many of each kind; of the states found there
-so many; so many processes killed there, and at random times, all drawn with this seed; disks with
-so much room, of what a run takes.""",
+come at any moment. Tried are all calls before and after which what has its final place differs, and
+of those that write aside so many of each kind, or all; of the states found there so many; so many
+processes killed there, and at random times, all drawn with this seed; and disks with so
+much room, of what a run takes.""",
     "kills": """## Kills
 System calls that change the folder of a run that is let be, by kind; after how many of them the
-process was stopped (all before and after which what has its final place differs, and a sample of
-those that write aside); and of how many different states found there, of processes killed there,
-and of processes killed at random times, the same command went on to the very same files.""",
+process was stopped (all before and after which what has its final place differs, and of those that
+write aside what the first table says); and of how many different states found there, of processes
+killed there, and of processes killed at random times, the same command went on to the very same
+files.""",
     "order": """## Order of fsyncs
 Files that took their final name, those in folders renamed whole too. A violation: one that was not
 fsynced after its last write and before; a folder not fsynced after a name in it changed; a file
