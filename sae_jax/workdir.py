@@ -82,7 +82,7 @@ class Workdir:
         else:
             refuse_others(path)
             files.write_json(config_file, settings)
-        files.remove_leftovers(path, path / "dictionaries")
+        files.remove_leftovers(path, path / "dictionaries", path / "checkpoints")
         self.configs = settings["configs"]
 
     def finished(self) -> dict[int, Member]:

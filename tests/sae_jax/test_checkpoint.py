@@ -390,6 +390,19 @@ def test_a_failing_program_does_not_end_the_others(
     assert_same(again, train(None, configs=[*CONFIGS, other]))
 
 
+def test_killed_while_who_trains_together_is_noted_nothing_stays(
+    undisturbed: Run, tmp_path: Path
+) -> None:
+    """What a kill within `begin_program` leaves, found by killing after every system call."""
+    with pytest.raises(Killed):
+        train(tmp_path / "run", 2)
+    (tmp_path / "run/checkpoints/.writing-0000.json.abcdefgh").mkdir()
+    (tmp_path / "run/checkpoints/.writing-0000.json.abcdefgh/0000.json").write_text("{")
+    (tmp_path / "run/checkpoints/.writing-0000.json.hgfedcba.whole").write_text("{}")
+    assert_same(train(tmp_path / "run"), undisturbed)
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
 def test_killed_while_checkpoints_are_deleted_none_stay(
     undisturbed: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
