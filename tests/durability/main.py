@@ -45,8 +45,8 @@ TOLD = {
 Each stage is a small command (`tests/durability/stages.py`), not the work of a user. A kill can
 come at any moment. Tried are all calls before and after which what has its final place differs, and
 of those that write aside so many of each kind, or all; of the states found there so many; so many
-processes killed there, and at random times, all drawn with this seed; and disks with so
-much room, of what a run takes.""",
+processes killed there, and at random times, all drawn with this seed; and disks with so much room,
+of what a run takes.""",
     "kills": """## Kills
 System calls that change the folder of a run that is let be, by kind; after how many of them the
 process was stopped (all before and after which what has its final place differs, and of those that
@@ -63,8 +63,10 @@ and whether it went on once there was room.""",
 }
 ABOUT = """Written by `python -m tests.durability.main --table=docs/durability.md`, of the stages
 and with the flags that the first table names; it must show: identical in all lines, no violations,
-no partial files, and a single line that names the path. What lies on a disk that loses power is not
-tried: the order of fsyncs is shown, and whether the disk keeps to it is its own affair."""
+no partial files, and a single line that names the path. Stages are run one by one: the rows of one
+stay until it is run again, so they may be of an older state of the code (where seconds are missing,
+of an older state of the program too). What lies on a disk that loses power is not tried: the order
+of fsyncs is shown, and whether the disk keeps to it is its own affair."""
 ASKED = ("checks", "most", "states", "real", "random", "seed")
 FILLED = (0, 0.1, 0.3, 0.6, 0.9)  # free room, of what a whole run takes
 

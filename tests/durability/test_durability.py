@@ -1,4 +1,4 @@
-"""The whole of it takes an hour (see main.py); here one stage, a few kills."""
+"""The whole of it takes hours (see main.py); here one stage, a few kills."""
 
 import json
 import subprocess
