@@ -185,7 +185,7 @@ def extracted(out: Path, arguments: Sequence[str], n_cells: int, n_tokens: int) 
     their means, and are not extracted again.
 
     Args:
-      out: folder to fill: cells and tokens in it.
+      out: folder to fill: mean and tokens in it.
       arguments: of the program, but for the pooling, the number of cells and the output.
       n_cells, n_tokens: cells whose vectors, and whose tokens, are wanted.
 
@@ -195,22 +195,41 @@ def extracted(out: Path, arguments: Sequence[str], n_cells: int, n_tokens: int) 
     Raises:
       SystemExit: the program failed; it has said why.
     """
+    wanted = _wanted(n_cells, n_tokens)
+    for pooling, given in wanted.items():
+        _run([*arguments, *given, f"--output={out / pooling}"])
+    return [str(out / pooling) for pooling in wanted]
+
+
+def check(out: Path, arguments: Sequence[str], n_cells: int, n_tokens: int) -> None:
+    """What `extracted` would do, as `sae-jax-extract --dry_run` tells it; nothing is written.
+
+    Of what an earlier run has begun there is nothing to tell.
+
+    Raises:
+      SystemExit: the model, its options or the cells were refused; it has said why.
+    """
+    for pooling, given in _wanted(n_cells, n_tokens).items():
+        if not (out / pooling).exists():
+            _run([*arguments, *given, "--dry_run", "--batch_size=8"])
+
+
+def _wanted(n_cells: int, n_tokens: int) -> dict[str, list[str]]:
+    """Arguments by pooling."""
     wanted = {"tokens": n_tokens} if n_tokens >= n_cells else {"mean": n_cells, "tokens": n_tokens}
-    folders = []
-    for pooling, limit in wanted.items():
-        if not limit:
-            continue
-        folders.append(str(out / pooling))
-        given = [f"--pooling={pooling}", f"--limit={limit}", f"--output={out / pooling}"]
-        # A process of its own: torch and its memory are gone when training begins.
-        process = multiprocessing.get_context("spawn").Process(
-            target=_extract, args=([*arguments, *given],)
-        )
-        process.start()
-        process.join()
-        if process.exitcode:
-            raise SystemExit(process.exitcode)
-    return folders
+    return {
+        pooling: [f"--pooling={pooling}", f"--limit={limit}"]
+        for pooling, limit in wanted.items() if limit
+    }  # fmt: skip
+
+
+def _run(arguments: Sequence[str]) -> None:
+    """In a process of its own: torch and its memory are gone when training begins."""
+    process = multiprocessing.get_context("spawn").Process(target=_extract, args=(arguments,))
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise SystemExit(process.exitcode)
 
 
 def _extract(arguments: Sequence[str]) -> None:

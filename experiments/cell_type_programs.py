@@ -7,10 +7,11 @@ r"""Cell-type programs: layers of a model in; which cell types, genes and marker
 Kendiukhov's study, all of its tables. Layers are the extraction stores in the folders of --stores
 (of cells' vectors, of their gene tokens, or of both); or they are extracted here from --checkpoint,
 as the authors' code does (log1p values unbinned, no <cls>, the 600 most expressed genes,
-descending); or a single one is --embedding, a key of obsm. Dictionaries of every layer: penalties
-x reductions x widths, 40 epochs of 50,000 rows, trained on tokens (whose codes' mean is a cell's)
-where there are any, on cells' vectors where not. --cell_features=pooled is the authors' way, the
-token-trained dictionary on cells' vectors, outside of what it was trained on; its R² is reported.
+descending), once a dry run has tried the model and said what that takes; or a single one is
+--embedding, a key of obsm. Dictionaries of every layer: penalties x reductions x widths, 40 epochs
+of 50,000 rows, trained on tokens (whose codes' mean is a cell's) where there are any, on cells'
+vectors where not. --cell_features=pooled is the authors' way, the token-trained dictionary on
+cells' vectors, outside of what it was trained on; its R² is reported.
 
 Cells are split once. Dictionaries, components, the best feature of a type and the genes of a
 feature come from the cells to choose on; L0, R² and AUROC are of the others. AUROC and marker sets
@@ -131,14 +132,23 @@ def main() -> None:
     inputs = cell_type_inputs.read()
     for layer in inputs.layers:
         ways_of(layer)
-    known = [layer.name for layer in inputs.layers]  # none, of layers to be extracted
-    if known and FLAGS.shown_layer not in (None, *known):
-        raise InputError(f"--shown_layer={FLAGS.shown_layer} is not one of {', '.join(known)}")
+    if FLAGS.checkpoint:
+        arguments = extraction()
+        n_cells = len(inputs.names)
+        cell_type_layers.check(out / "extraction", arguments, n_cells, FLAGS.token_cells)
+    else:
+        check_shown(inputs.layers)
     with folders.filled(out, SETTINGS, inputs.settings, (*FILES, "studied"), SHOWN):
         # 2. The layers.
         found = inputs.layers
         if FLAGS.checkpoint:
-            found = cell_type_layers.find(extract_layers(out, len(inputs.names)), None)
+            began = time.perf_counter()
+            stores = cell_type_layers.extracted(
+                out / "extraction", arguments, n_cells, FLAGS.token_cells
+            )
+            logging.info("extracted in %.0f s", time.perf_counter() - began)
+            found = cell_type_layers.find(stores, None)
+            check_shown(found)
 
         # 3. A layer at a time: train its dictionaries, study their features.
         results, ways = [], []
@@ -228,8 +238,8 @@ def numbers(flag: str, kind: type) -> list[Any]:
     return found
 
 
-def extract_layers(out: Path, n_cells: int) -> list[str]:
-    """Folders of the stores of --checkpoint, in `out`/extraction."""
+def extraction() -> list[str]:
+    """Arguments of `sae-jax-extract` for the layers of --checkpoint."""
     options = OPTIONS.get(FLAGS.model, []) if FLAGS.option is None else FLAGS.option
     arguments = [
         f"--model={FLAGS.model}", f"--checkpoint={FLAGS.checkpoint}", f"--h5ad={FLAGS.h5ad}",
@@ -238,11 +248,14 @@ def extract_layers(out: Path, n_cells: int) -> list[str]:
     ]  # fmt: skip
     arguments += [] if FLAGS.gene_symbols is None else [f"--genes={FLAGS.gene_symbols}"]
     source = FLAGS.expression
-    arguments += [] if source in (None, "X") else [f"--counts={source}"]
-    began = time.perf_counter()
-    found = cell_type_layers.extracted(out / "extraction", arguments, n_cells, FLAGS.token_cells)
-    logging.info("extracted in %.0f s", time.perf_counter() - began)
-    return found
+    return arguments + ([] if source in (None, "X") else [f"--counts={source}"])
+
+
+def check_shown(layers: Sequence[cell_type_layers.Found | Layer]) -> None:
+    """Refuse a --shown_layer that is none of these."""
+    names = [layer.name for layer in layers]
+    if FLAGS.shown_layer not in (None, *names):
+        raise InputError(f"--shown_layer={FLAGS.shown_layer} is not one of {', '.join(names)}")
 
 
 def ways_of(layer: cell_type_layers.Found | Layer) -> list[str]:

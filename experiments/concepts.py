@@ -153,10 +153,11 @@ def main() -> None:
     if FLAGS.out_of_core:
         phases = min(len(labels), len(probes.PHASES) * sum(per_class))
         concepts_inputs.check_memory(source, max(len(split.train) + len(split.test), phases))
+    genes = concepts_inputs.genes(adata, symbols, source)
     settings = settings_of_flags()
     with folders.filled(out, SETTINGS, settings, (*FILES, *KEPT), SHOWN):
         # 2. The model and its embedding; dictionaries of it.
-        subject = concepts_inputs.subject(adata, labels, symbols, source, out)
+        subject = concepts_inputs.subject(adata, labels, source, genes, out)
         chosen = study.configs(
             subject.x.shape[1], widths, seeds, n_train, FLAGS.learning_rate, FLAGS.k_share
         )

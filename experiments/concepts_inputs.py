@@ -20,11 +20,13 @@ from absl import flags, logging
 
 import extract
 from analysis import cells, chunked
+from analysis.gene_sets import GeneSets
 from experiments import inputs as reading
 from experiments import scvi_model
 from experiments.concepts_study import Subject
 from extract import cells as lazy
 from extract import provenance, store
+from extract.models.base import LATENT
 from sae_jax import InputError, data, files
 
 FLAGS = flags.FLAGS
@@ -69,16 +71,21 @@ class Source:
       model: a reader of `extract`; None: an scVI that is still to be trained, or, of a store, one
         whose weights are not there.
       x: the store's rows of the cells [cells, d]; None: to be computed.
-      name: of the model. layer: what is embedded; None: as the model and --layer say.
-      genes, counts: as of the model's `embed`.
+      name: of the model. layer: what is embedded.
+      genes, counts: as of the model's `embed`; `options` are these.
     """
 
     model: Any
     x: np.ndarray | None
     name: str
-    layer: int | str | None = None
+    layer: int | str
     genes: str | None = None
     counts: str | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keywords of the model's `embed`, `plan` and the like."""
+        return {"genes": self.genes, "counts": self.counts}
 
 
 def source(adata: anndata.AnnData) -> Source:
@@ -102,13 +109,15 @@ def source(adata: anndata.AnnData) -> Source:
         scvi_model.check_installed()
         if FLAGS.counts is not None:
             raise InputError("an scVI is trained on X: leave --counts out, or give a --checkpoint")
-        return Source(None, None, "scvi")
+        if FLAGS.layer not in (None, LATENT):
+            raise InputError(f"--layer={FLAGS.layer}: an scVI has {LATENT} alone")
+        return Source(None, None, "scvi", LATENT)
     name = FLAGS.model or "scvi"
     model = _loaded(name, FLAGS.checkpoint)
     by_symbol = model.naming == "symbol" and FLAGS.gene_symbols is not None
-    return Source(
-        model, None, name, genes=FLAGS.gene_symbols if by_symbol else None, counts=FLAGS.counts
-    )
+    asked = FLAGS.layer
+    layer = model.resolve(int(asked) if asked and asked.lstrip("-").isdigit() else asked)[0]
+    return Source(model, None, name, layer, FLAGS.gene_symbols if by_symbol else None, FLAGS.counts)
 
 
 def _loaded(name: str, folder: str) -> Any:
@@ -210,38 +219,34 @@ def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value, default=lambda held: held.tolist()))
 
 
-def subject(
-    adata: anndata.AnnData,
-    labels: pd.DataFrame,
-    symbols: dict[str, str],
-    given: Source,
-    out: Path,
-) -> Subject:
-    """The cells in the model, with the genes that both know; without a model, all measured ones."""
-    model, layer = given.model, given.layer
-    if model is None and given.x is None:
-        model = scvi_model.trained(
-            adata, out / "scvi", n_latent=FLAGS.d_model, epochs=FLAGS.model_epochs, seed=FLAGS.seed
-        )
-    options = {"genes": given.genes, "counts": given.counts}
-    if layer is None:
-        asked = FLAGS.layer
-        layer = model.resolve(int(asked) if asked and asked.lstrip("-").isdigit() else asked)[0]
-    x = given.x
-    if x is None:
-        path = out / "embedding.npy"
-        if not path.exists():
-            logging.info("embedding %d cells", adata.n_obs)
-            with files.write_aside(path) as fresh, fresh.open("wb") as file:
-                np.save(file, model.embed(adata, layer, **options)[layer])
-        x = data.check_rows(np.load(path), "the embedding")
+@dataclasses.dataclass(frozen=True, eq=False)
+class Genes:
+    """What is known of genes before anything is computed; as the attributes of `Subject`."""
+
+    expression: cells.Expression
+    genes: np.ndarray
+    exchanged: list[str]
+    sets: GeneSets
+
+
+def genes(adata: anndata.AnnData, symbols: dict[str, str], given: Source) -> Genes:
+    """Those that model and file both know; without a model, all measured ones.
+
+    Raises:
+      InputError: expression that is no counts, too few genes, or too few of them in gene sets.
+    """
     # Expression by the names that the model's genes have in the file, so that it is the same gene.
     expression = reading.expression_of(
         adata, FLAGS.h5ad, given.counts or "X", "counts", given.genes, reading.block_bytes()
     )
     measured = {gene: i for i, gene in enumerate(expression.genes)}
     means = expression.means
-    exchanged = list(expression.genes) if model is None else model.plan(adata, **options).genes
+    if given.model is not None:
+        exchanged = given.model.plan(adata, **given.options).genes
+    elif given.x is None:  # an scVI that is still to be trained, on all of X
+        exchanged = adata.var_names.astype(str).tolist()
+    else:
+        exchanged = list(expression.genes)
     known = [gene for gene in exchanged if gene in measured]
     # Of several genes with one symbol the most expressed; the order is the model's.
     named = given.genes is not None and given.genes == FLAGS.gene_symbols
@@ -256,8 +261,30 @@ def subject(
         )
     columns = np.array([measured[gene] for gene in chosen])
     names = np.asarray([symbol_of[gene] for gene in chosen], object)
+    return Genes(
+        expression.of_genes(columns, names), np.asarray(chosen, object), exchanged,
+        reading.load_sets(list(names)),
+    )  # fmt: skip
+
+
+def subject(
+    adata: anndata.AnnData, labels: pd.DataFrame, given: Source, known: Genes, out: Path
+) -> Subject:
+    """The cells in the model, which is trained, and embeds them, if no earlier run has done it."""
+    model, layer, x = given.model, given.layer, given.x
+    if model is None and x is None:
+        model = scvi_model.trained(
+            adata, out / "scvi", n_latent=FLAGS.d_model, epochs=FLAGS.model_epochs, seed=FLAGS.seed
+        )
+    if x is None:
+        path = out / "embedding.npy"
+        if not path.exists():
+            logging.info("embedding %d cells", adata.n_obs)
+            with files.write_aside(path) as fresh, fresh.open("wb") as file:
+                np.save(file, model.embed(adata, layer, **given.options)[layer])
+        x = data.check_rows(np.load(path), "the embedding")
     return Subject(
-        adata=adata, model=model, model_name=given.name, layer=layer, options=options, x=x,
-        labels=labels, expression=expression.of_genes(columns, names),
-        genes=np.asarray(chosen, object), exchanged=exchanged, sets=reading.load_sets(list(names)),
+        adata=adata, model=model, model_name=given.name, layer=layer, options=given.options, x=x,
+        labels=labels, expression=known.expression, genes=known.genes, exchanged=known.exchanged,
+        sets=known.sets,
     )  # fmt: skip

@@ -15,6 +15,7 @@ import numpy as np
 from absl import flags, logging
 
 from extract import hashing
+from extract.errors import InputError as ExtractionError
 from extract.errors import listed
 from sae_jax import InputError, files, manifest, workdir
 from sae_jax.reading import check_file
@@ -36,13 +37,18 @@ def check_workdir(settings_file: str) -> Path:
         raise InputError("--overwrite and --resume exclude each other")
     out = Path(FLAGS.workdir)
     workdir.check_writable(out)
-    if out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir()):
+    if out.is_dir() and visible(out):
         if not (out / settings_file).is_file():
             raise InputError(f"{out} holds other files; choose an empty or a new folder")
         if not (FLAGS.overwrite or _resume()):
             ways = "--overwrite replaces it" + ", --resume continues it" * ("resume" in FLAGS)
             raise InputError(f"{out} holds an earlier run: {ways}")
     return out
+
+
+def visible(folder: Path) -> list[Path]:
+    """What lies in a folder, but for hidden files: the lock, what is being written."""
+    return [path for path in folder.iterdir() if not path.name.startswith(".")]
 
 
 def contents(paths: Iterable[str | None]) -> dict[str, str]:
@@ -71,17 +77,30 @@ def filled(
 ) -> Iterator[None]:
     """The body fills the folder, of which `claim` says what was there before; nobody else does.
 
-    The manifest of `leaves` is written when it has.
+    The manifest of `leaves` is written when it has. Of a body that refuses its input before it has
+    left anything, nothing stays.
 
     Raises:
       InputError: as `claim`; another process fills it; or --resume, and a finished run's files
         within folders are not as they were left.
     """
     leaves = tuple(leaves)
-    with workdir.locked(out):
-        claim(out, settings_file, settings, leaves, shown)
-        with changed(out, settings_file, leaves):
-            yield
+    made, new = not out.exists(), not (out / settings_file).exists()
+    try:
+        with workdir.locked(out):
+            claim(out, settings_file, settings, leaves, shown)
+            try:
+                with changed(out, settings_file, leaves):
+                    yield
+            except (InputError, ExtractionError):
+                if new and [path.name for path in visible(out)] == [settings_file]:
+                    files.remove(out / settings_file)
+                raise
+    except (InputError, ExtractionError):
+        if made:
+            with contextlib.suppress(OSError):  # what was made stays, with its folder
+                out.rmdir()
+        raise
 
 
 @contextlib.contextmanager

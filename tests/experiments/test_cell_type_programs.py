@@ -314,6 +314,9 @@ def test_from_a_checkpoint(
         "checkpoint": str(checkpoint), "layers": ["-1"], "limit": 20, "token_cells": 20,
         "device": "cpu", "min_label_cells": 2, "steps": 5, "batch_size": 32, "reductions": ["sum"],
     }  # fmt: skip
+    with pytest.raises(SystemExit):  # of the extraction, which has said why
+        run(**settings, option=["values=odd"])
+    assert not (tmp_path / "out").exists()
     out = run(**settings)
     names = [path.name for path in sorted((out / "extraction/tokens").glob("*.zarr"))]
     assert names == ["layer_02.zarr"]
@@ -321,6 +324,8 @@ def test_from_a_checkpoint(
     wanted = {"values": "log1p", "cls": False, "order": "descending", "select": "top"}
     assert {key: about["preprocessing"][key] for key in wanted} == wanted
     assert set(pd.read_csv(out / "layers.csv")["n_cells"]) == {20}
+    with pytest.raises(InputError, match="--shown_layer=layer_00 is not one of layer_02"):
+        run(**settings, shown_layer="layer_00", resume=True)
 
 
 @pytest.mark.parametrize(

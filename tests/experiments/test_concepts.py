@@ -30,6 +30,7 @@ from experiments import (
 )
 from extract import main as extraction
 from extract import store
+from extract.errors import InputError as ExtractionError
 from sae_jax import InputError, data, files
 from tests.experiments import quick
 from tests.experiments.damage import check_every_file
@@ -354,6 +355,8 @@ def pixel(folder: Path) -> Path:
         ({"studied": 31}, "must be one of --n_latents=30"),
         ({"gene_symbols": None}, "Ensembl ids"),
         ({"learning_rate": -1.0}, "learning_rate=-1.0 must be finite and above 0"),
+        ({"layer": "3"}, "scvi has no layer 3"),
+        ({"layer": "3", "checkpoint": None}, "--layer=3: an scVI has latent alone"),
         ({"out_of_core": True, "checkpoint": None}, "with --out_of_core give a trained one"),
         ({"out_of_core": True, "memory_gib": 0.003}, "up to 4.. cells, .*lower --per_class"),
         ({"out_of_core": True, "memory_gib": 1e-6}, "a row of .* takes up to"),
@@ -362,9 +365,33 @@ def pixel(folder: Path) -> Path:
 def test_what_is_refused(
     given: dict[str, Any], said: str, settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    with pytest.raises(InputError, match=said):
+    with pytest.raises((InputError, ExtractionError), match=said):
         launch(**settings | {"workdir": str(tmp_path / "out")} | given)
     assert not (tmp_path / "out").exists()
+
+
+def test_cells_that_share_too_few_genes_with_the_model_are_refused(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    adata = anndata.read_h5ad(settings["h5ad"])
+    x = adata.X.toarray()
+    x[:, np.argsort(x.sum(axis=0))[-90:-1]] += 1  # no cell is empty
+    x[:, np.argsort(x.sum(axis=0))[:-90]] = 0  # in the file, but in no cell
+    adata.X = sparse.csr_matrix(x)
+    adata.write_h5ad(tmp_path / "few.h5ad")
+    given = {"h5ad": str(tmp_path / "few.h5ad"), "workdir": str(tmp_path / "out")}
+    with pytest.raises(InputError, match="90 genes of the model have measured expression"):
+        launch(**settings | given)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_scvi_to_be_trained_will_know_the_genes_in_the_order_of_the_file(
+    settings: dict[str, Any],
+) -> None:
+    """The model of the test data was trained on a file of these genes."""
+    trained, to_be = (genes_of(settings | given) for given in ({}, {"checkpoint": None}))
+    assert to_be.exchanged == trained.exchanged
+    np.testing.assert_array_equal(to_be.genes, trained.genes)
 
 
 def test_the_best_term_has_the_smallest_p_then_the_largest_nes() -> None:
@@ -402,6 +429,16 @@ def source_of(given: dict[str, Any], change: Any = None) -> tuple[Any, concepts_
         adata = concepts_inputs.read()[0]
         adata = adata if change is None else change(adata)
         return adata, concepts_inputs.source(adata)
+
+
+def genes_of(given: dict[str, Any]) -> concepts_inputs.Genes:
+    """What is known of genes before the model is."""
+    with flagsaver.flagsaver():
+        concepts.define_flags()
+        for name, value in given.items():
+            setattr(flags.FLAGS, name, value)
+        adata, _, symbols = concepts_inputs.read()
+        return concepts_inputs.genes(adata, symbols, concepts_inputs.source(adata))
 
 
 def test_the_rows_of_a_store_are_taken(
