@@ -71,7 +71,8 @@ class Store:
         path = self._folder / "attribution.json"
         if path.exists():
             before = read_object(path, "; give a new folder.")
-            if other := [name for name in settings if before.get(name) != settings[name]]:
+            names = sorted({*before, *settings})
+            if other := [name for name in names if before.get(name) != settings.get(name)]:
                 raise InputError(
                     f"{folder} holds an attribution of other {', '.join(other)}: give the same "
                     "call again, or another folder."
@@ -122,10 +123,17 @@ def identity(
 ) -> dict[str, str]:
     """What scores depend on, each as a hash: the weights, the cells, their genes, the settings.
 
-    Of a model it is the `checkpoint` that readers have, of a dictionary that is none of ours its
-    decoder, of others the name of the class alone.
+    Of a model it is the `checkpoint` that readers have, the precision it computes in and the
+    batches that it takes the cells for, of a dictionary that is none of ours its decoder, of others
+    the name of the class alone. What a model without `swaps` reads of obs is not looked at.
     """
-    return {
+    # Where they are as in most models they are left out: so folders of before still go on.
+    more = {}
+    if (dtype := getattr(model, "dtype", "float32")) != "float32":
+        more["dtype"] = str(dtype)
+    if np.any(batch := getattr(found, "batch", 0)):
+        more["batch"] = _sha256([batch])
+    return more | {
         "model": repr(getattr(model, "checkpoint", type(model).__name__)),
         "dictionary": _sha256(_weights(dictionary)),
         "pairs": _sha256([pairs.concepts, pairs.concept, pairs.prototype, pairs.counterfactual]),

@@ -315,7 +315,7 @@ class Passes:
             f"{counted(features, 'feature')} in {passes}, at most {chunked.size(most)}{held.where}"
             + (f", {chunked.size(beside)} of it for tables" if beside else "")
         )
-        return cls(int(at_once), tested, most, told)
+        return cls(int(at_once), int(min(tested, at_once)), most, told)
 
 
 @dataclass(frozen=True, eq=False)

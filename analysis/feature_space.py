@@ -169,7 +169,7 @@ def top_level_by_genes(
     held = (inside @ outside.T).toarray()
     enough = (held >= share * n_genes[:, None]) & (n_genes > 0)[:, None]
     size = np.where(enough, outside.sum(axis=1), np.inf)
-    best = size.argmin(axis=1) if len(tops) else np.zeros(0, np.int64)
+    best = size.argmin(axis=1) if len(tops) else np.zeros(len(size), np.int64)
     return from_names(
         [[tops[top]] if any_top else [] for top, any_top in zip(best, enough.any(1), strict=True)]
     )
@@ -341,9 +341,10 @@ def figure(coordinates: np.ndarray, keys: Mapping[str, ArrayLike | pd.Series]) -
 
 
 def _categories(axes: Axes, xy: np.ndarray, key: pd.Series, size: float) -> None:
-    """Features by category, with a legend below."""
+    """Features by category, with a legend below; the rarer of too many stay grey."""
     palette = mpl.colormaps["tab20"].colors
-    for code, name in enumerate(key.cat.categories[:MOST_COLOURS]):
+    common = key.value_counts().loc[lambda counts: counts > 0].index[:MOST_COLOURS]
+    for code, name in enumerate(key.cat.categories[key.cat.categories.isin(common)]):
         axes.scatter(
             *xy[(key == name).to_numpy()].T, s=size, color=palette[2 * code % 20 + code // 10],
             linewidths=0, rasterized=True, label=plain(name, 40),

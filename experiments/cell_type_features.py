@@ -140,11 +140,14 @@ def _types(z: Matrix, cells: Cells) -> tuple[dict[str, float], pd.DataFrame, pd.
 
 def _metadata(z: sparse.csc_array, cells: Cells) -> pd.DataFrame:
     """Which value of each column most of a feature's active cells have, with a verdict."""
-    columns = {}
+    columns = {"n_active": np.diff(z.indptr)}
     for name, values in cells.metadata.items():
+        if values.nunique() < 2:  # among these cells: nothing to be specific to
+            columns |= {f"{name}_label": None, f"{name}_share": np.nan,
+                        f"{name}_verdict": "not enough data"}  # fmt: skip
+            continue
         found = characterisation.metadata_specificity(z, values, cells.share, cells.min_cells)
         columns |= {f"{name}_{key}": found[key] for key in ("label", "share", "verdict")}
-        columns["n_active"] = found["n_active"]
     return pd.DataFrame(columns)
 
 

@@ -96,7 +96,8 @@ def read() -> Inputs:
         obs = adata.obs
     if labels is None:
         raise InputError("--label is needed: the column of obs with the cells' types")
-    settings["contents"] = folders.contents([settings["h5ad"], FLAGS.gene_sets, FLAGS.checkpoint])
+    paths = (FLAGS.gene_sets, FLAGS.gene_table, FLAGS.obo, FLAGS.checkpoint)
+    settings["contents"] = folders.contents([settings["h5ad"], *paths])
     return Inputs(subject(obs, labels, expression), names, settings, layers)
 
 
@@ -125,5 +126,11 @@ def subject(obs: pd.DataFrame, labels: pd.Series, expression: cells.Expression) 
         least=FLAGS.min_label_cells, share=FLAGS.metadata_share, min_cells=FLAGS.metadata_cells,
         seed=FLAGS.seed,
     )  # fmt: skip
-    cell_types.areas(np.zeros((len(labels), 1)), labels, choose, measure, FLAGS.min_label_cells)
+    check_types(found)
     return found
+
+
+def check_types(of: Cells) -> None:
+    """Raises InputError where fewer than two types have cells enough on either side."""
+    nothing = np.zeros((len(of.labels), 1))
+    cell_types.areas(nothing, of.labels, of.choose, of.measure, of.least)

@@ -132,7 +132,7 @@ def cell_names(found: Sequence[Found]) -> pd.Index:
         if layer.cells is not None:
             names.append(pd.Index(layer.cells.obs.index.astype(str)))
         else:
-            names.append(pd.Index(_token_cells(layer.tokens)))
+            names.append(pd.Index(token_cells(layer.tokens)))
     for layer, other in zip(found, names, strict=True):
         if not other.equals(names[0]):
             raise InputError(f"the stores of {layer.name} and {found[0].name} are of other cells")
@@ -239,7 +239,7 @@ def _extract(arguments: Sequence[str]) -> None:
     main.cli()
 
 
-def _token_cells(tokens: store.Store) -> list[str]:
+def token_cells(tokens: store.Store) -> list[str]:
     """Names of the cells, in order of their first token."""
     column = tokens.obs["cell"]
     return column.cat.categories.astype(str)[pd.unique(column.cat.codes.to_numpy())].tolist()

@@ -131,8 +131,11 @@ def main() -> None:
     out = folders.check_workdir(SETTINGS)
     inputs = cell_type_inputs.read()
     for layer in inputs.layers:
-        ways_of(layer)
+        check_types(inputs, layer)
     if FLAGS.checkpoint:
+        if FLAGS.token_cells and "mean" in (FLAGS.cell_features or ["mean"]):
+            some = np.arange(len(inputs.names))[: FLAGS.token_cells]
+            cell_type_inputs.check_types(inputs.cells.of(some))
         arguments = extraction()
         n_cells = len(inputs.names)
         cell_type_layers.check(out / "extraction", arguments, n_cells, FLAGS.token_cells)
@@ -268,6 +271,13 @@ def ways_of(layer: cell_type_layers.Found | Layer) -> list[str]:
     if layer.tokens is None and set(ways) != {"cells"}:
         raise InputError(f"{layer.name} has no tokens: --cell_features={','.join(ways)} needs some")
     return ways
+
+
+def check_types(inputs: Inputs, layer: cell_type_layers.Found | Layer) -> None:
+    """Refuse ways that the layer does not allow, and tokens of cells of fewer than two types."""
+    if "mean" in ways_of(layer):
+        at = inputs.names.get_indexer(cell_type_layers.token_cells(layer.tokens))
+        cell_type_inputs.check_types(inputs.cells.of(np.unique(at[at >= 0])))
 
 
 def train(layer: Layer, rows: str, inputs: Cells, out: Path) -> sae_jax.Run:

@@ -114,7 +114,11 @@ def define_flags() -> None:
     flags.DEFINE_bool("consensus", False, "Also save a dictionary of the concepts that come back.")
     flags.DEFINE_integer("epochs", 300, "Of the dictionaries.", 1)
     flags.DEFINE_float("learning_rate", 1e-3, "Of the dictionaries.")
-    flags.DEFINE_integer("most", 100, "Concepts, and neurons, that are attributed, at most.", 1)
+    flags.DEFINE_integer(
+        "most", 100,
+        "Concepts, and neurons, drawn at random to be attributed; the concepts that tell a label "
+        "best come beside them.", 1,
+    )  # fmt: skip
     flags.DEFINE_integer("prototypes", 10, "Top cells of a concept whose genes are exchanged.", 1)
     flags.DEFINE_integer("counterfactuals", 3, "Nearest silent cells of each.", 1)
     flags.DEFINE_integer("permutations", 1000, "Random sets of each size in GSEA.", 30)
@@ -222,7 +226,9 @@ def settings_of_flags() -> dict[str, Any]:
         for flag in FLAGS.get_flags_for_module(module)
         if flag.name not in folders.IGNORED
     }
-    files_of = ("h5ad", "embedding", "checkpoint", "dictionaries", "gene_sets", "gene_table")
+    files_of = (
+        "h5ad", "embedding", "checkpoint", "dictionaries", "gene_sets", "gene_table", "obo",
+    )  # fmt: skip
     paths = [FLAGS[name].value for name in files_of]
     return settings | {"contents": folders.contents(paths)}
 

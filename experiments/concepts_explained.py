@@ -35,6 +35,7 @@ class Explained:
       z: activations of the same [cells, features], and `decoder` [features, d].
       latents: of the attributed concepts, in the order of the tables.
       concepts, neurons: names of the attributed ones.
+      telling: names of the concepts that tell a label best, drawn or not.
       attribution: [concepts then neurons, genes of the subject]; None without a model.
       dge: the same of log2 fold changes, of the concepts alone.
       strengths, table_6, deletion, held_out: tables, of concepts drawn at random but for the last
@@ -49,6 +50,7 @@ class Explained:
     latents: np.ndarray
     concepts: list[str]
     neurons: list[str]
+    telling: list[str]
     attribution: np.ndarray | None
     dge: np.ndarray
     strengths: pd.DataFrame
@@ -74,8 +76,8 @@ def explain(
     cells_of.index = [f"concept_{i}" for i in live]
     rng = np.random.default_rng(FLAGS.seed)
     drawn = rng.permutation(live)[: FLAGS.most]
-    telling = study.telling(cells_of)  # of each label, drawn or not
-    latents = np.union1d(drawn, [int(name.removeprefix("concept_")) for name in telling])
+    best = live[study.telling(z[:, live], subject.labels)]
+    latents, telling = np.union1d(drawn, best), [f"concept_{i}" for i in best]
     neurons = Neurons.of(x)
     sides = np.sort(rng.permutation(neurons.n_components)[: FLAGS.most])
     groups = {
@@ -146,7 +148,7 @@ def explain(
     decoder = np.concatenate([stability.directions(dictionary)[live], neurons.decoder[sides]])
     return Explained(
         table, sparse.hstack([z[:, live], codes], "csr"), decoder, latents, names["concepts"],
-        names["neurons"], scores, fold, strengths, table_6, *curves.values(), again,
+        names["neurons"], telling, scores, fold, strengths, table_6, *curves.values(), again,
     )  # fmt: skip
 
 

@@ -35,7 +35,7 @@ SOME, APART = 8, 0.02  # cells embedded again, and how far their rows may be fro
 
 
 def read() -> tuple[anndata.AnnData, pd.DataFrame, dict[str, str]]:
-    """The cells, their labels, and the symbol of each gene of var."""
+    """The cells, their labels, and the symbols of the genes of var that have one."""
     if not FLAGS.h5ad:
         raise InputError("--h5ad is needed: an AnnData file with counts")
     if not FLAGS.labels:
@@ -48,7 +48,9 @@ def read() -> tuple[anndata.AnnData, pd.DataFrame, dict[str, str]]:
     if FLAGS.gene_symbols is not None and FLAGS.gene_symbols not in var:
         raise InputError(f"--gene_symbols: var has no column {FLAGS.gene_symbols}")
     named = var.index if FLAGS.gene_symbols is None else var[FLAGS.gene_symbols]
-    return adata, labels, dict(zip(var.index.astype(str), named.astype(str), strict=True))
+    known = named.notna() & (named.astype(str).str.strip() != "")
+    symbols = zip(var.index[known].astype(str), named[known].astype(str), strict=True)
+    return adata, labels, dict(symbols)
 
 
 def opened() -> anndata.AnnData:

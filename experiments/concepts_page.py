@@ -94,10 +94,9 @@ def draw(
 
 
 def shown_concepts(found: Explained) -> list[str]:
-    """For each column and label the concept that tells it best, then the most surely annotated."""
+    """Those that tell a label best, then the most surely annotated."""
     table = found.features.loc[found.concepts]
-    chosen = study.telling(table)
-    chosen += table.sort_values(f"{found.method}:p").index.tolist()
+    chosen = [*found.telling, *table.sort_values(f"{found.method}:p").index]
     return list(dict.fromkeys(chosen))[: TOP - 1]
 
 
@@ -166,8 +165,8 @@ def sections(
                     f"{len(subject.x)} cells, {subject.x.shape[1]} dimensions of "
                     f"{subject.model_name}, {int(chosen['n_latents'])} concepts of which {n_live} "
                     f"are live on training cells; k = {int(chosen['k'])}, R2 "
-                    f"{chosen['validation_r2']:.3f} on held-out cells. {len(found.concepts)} "
-                    f"concepts and {len(found.neurons)} neurons, drawn at random, were studied."
+                    f"{chosen['validation_r2']:.3f} on held-out cells. {_studied(found)} "
+                    f"and {len(found.neurons)} neurons, drawn at random, were studied."
                 ),
                 report.items(told(found, learned, settings["follow"])),
                 report.table(_shown(found)),
@@ -323,6 +322,13 @@ def _shown(found: Explained) -> pd.DataFrame:
                *replicates.of(table), "attribution:term", "attribution:p", "dge:term",
                "dge:p", "top_genes"]  # fmt: skip
     return table[[name for name in columns if name in table]].rename_axis("concept").reset_index()
+
+
+def _studied(found: Explained) -> str:
+    """How many concepts were drawn, and how many came beside them."""
+    drawn = int(found.features.loc[found.concepts, "drawn"].sum())
+    beside = len(found.concepts) - drawn
+    return f"{drawn} concepts" + f" (and {beside} that tell a label best)" * (beside > 0)
 
 
 def _few(found: Explained) -> str:

@@ -156,14 +156,10 @@ def described(z: sparse.csr_matrix, labels: pd.DataFrame) -> pd.DataFrame:
     return table
 
 
-def telling(described: pd.DataFrame) -> list[str]:
-    """Of each label the feature (index) that tells it best; in the order of the labels."""
-    found = []
-    for column in [name for name in described if name.endswith(":auroc")]:
-        label = column.removesuffix("auroc") + "best"
-        first = described.sort_values(column, ascending=False, kind="stable")
-        found += first.drop_duplicates(label).sort_values(label).index.tolist()
-    return list(dict.fromkeys(found))
+def telling(z: sparse.csr_matrix, labels: pd.DataFrame) -> np.ndarray:
+    """The features that tell a label of some column best, each once; in the order of the labels."""
+    best = [features.telling(z, column)["feature"] for _, column in labels.items()]
+    return pd.unique(np.concatenate(best))
 
 
 def attributed(

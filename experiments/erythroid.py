@@ -77,6 +77,7 @@ def main() -> None:
     asked = steering.check_genes(FLAGS.genes, expression.genes.tolist())
     settings = {flag.name: flag.value for flag in FLAGS.get_flags_for_module(
         FLAGS.find_module_defining_flag("quick"))}  # fmt: skip
+    settings |= {"contents": folders.contents([FLAGS.h5ad, FLAGS.gene_sets])}
     with folders.filled(out, SETTINGS, settings, FILES):
         # 2. A model of the cells, a dictionary of its latents.
         model = scvi_model.trained(

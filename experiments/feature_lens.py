@@ -37,6 +37,7 @@ from analysis import (
     calibration,
     cells,
     feature_space,
+    features,
     gene_sets,
     groups,
     lens,
@@ -156,7 +157,7 @@ def main() -> None:
     z, live = activations(dictionaries[0], inputs) if dictionaries else (None, None)
     check_highlight(live)
     check_memory(inputs, FLAGS.n_latents if live is None else len(live))
-    read = ("gene_sets", "obo", "gene_table", "embedding", "dictionary", "top_level")
+    read = ("gene_sets", "obo", "gene_table", "embedding", "dictionary")
     paths = [inputs.settings["h5ad"], *(FLAGS[name].value for name in read)]
     settings = inputs.settings | {"contents": folders.contents([*paths, *(FLAGS.replicates or ())])}
     with folders.filled(out, SETTINGS, settings, (*FILES, *KEPT), SHOWN):
@@ -192,13 +193,14 @@ def main() -> None:
         table = tables.describe(z, live, inputs, technical, numeric, annotated, again, out)
         tables.write_for_browsing(z, dictionary, inputs, table, out)
         coordinates = tables.space(annotated, table, out)
+        telling = None if inputs.labels is None else features.telling(z, inputs.labels)
         pictures = feature_lens_figures.draw(
             out, x=inputs.embedding, z=z, table=table, labels=inputs.labels, annotated=annotated,
-            coordinates=coordinates, history=history(out), words=FLAGS.words or (),
+            coordinates=coordinates, telling=telling, history=history(out), words=FLAGS.words or (),
             highlight=FLAGS.highlight or (), top_terms=top_terms(inputs, terms, tops),
             seed=FLAGS.seed,
         )  # fmt: skip
-        feature_lens_page.write(out, inputs, table, pictures, FLAGS.top)
+        feature_lens_page.write(out, inputs, table, telling, pictures, FLAGS.top)
     print(f"\n{out}/")
     for name, what in FILES.items():
         if (out / name).exists():

@@ -22,6 +22,7 @@ def draw(
     labels: pd.Series | None,
     annotated: feature_space.FeatureTerms,
     coordinates: np.ndarray | None,
+    telling: pd.DataFrame | None = None,
     history: pd.DataFrame | None = None,
     words: Sequence[str] = (),
     highlight: Sequence[str] = (),
@@ -38,6 +39,7 @@ def draw(
         labels: one per cell, or None.
         annotated: which term names which feature.
         coordinates: the map of the features [features, 2], or None where too few have terms.
+        telling: the best feature of every label, as `features.telling`; None without labels.
         history: of the training, as `sae_jax.train` returns it.
         words: to look for in terms.
         highlight: names of features with a panel of their own and a place on the map; without any,
@@ -54,7 +56,7 @@ def draw(
     def keep(name: str, figure: Figure, caption: str) -> None:
         pictures[caption] = plots.save(figure, out / "figures", name)
 
-    shown = list(highlight) or best_features(table)
+    shown = list(highlight) or best_features(table, telling)
     xy = cell_plots.components(x).transform(x)
     panels = cell_plots.feature_panels(
         xy, z[:, table.index.get_indexer(shown)], [title(name, table) for name in shown]
@@ -100,12 +102,12 @@ def draw(
     return pictures
 
 
-def best_features(table: pd.DataFrame) -> list[str]:
-    """The feature that tells each label best, or the strongest ones; at most eight names."""
-    if "best_label" not in table:
+def best_features(table: pd.DataFrame, telling: pd.DataFrame | None) -> list[str]:
+    """Those that tell a label best, or the strongest ones; at most eight names."""
+    if telling is None:
         return list(table.nlargest(PANELS, "mean_activation").index)
-    order = table.sort_values("best_label_auroc", ascending=False, kind="stable")
-    return list(order.drop_duplicates("best_label").index[:PANELS])
+    order = telling.sort_values("auroc", ascending=False, kind="stable")
+    return list(table.index[order["feature"].drop_duplicates()[:PANELS]])
 
 
 def title(name: str, table: pd.DataFrame) -> str:

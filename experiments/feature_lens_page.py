@@ -15,9 +15,14 @@ REAL, PERMUTED = "the dictionary's", "cells permuted"  # rows of nulls.csv
 
 
 def write(
-    out: Path, inputs: Inputs, table: pd.DataFrame, pictures: dict[str, Path], top: int
+    out: Path,
+    inputs: Inputs,
+    table: pd.DataFrame,
+    telling: pd.DataFrame | None,
+    pictures: dict[str, Path],
+    top: int,
 ) -> None:
-    """Write `out`/report.html; `pictures` by caption, in order."""
+    """Write `out`/report.html; `telling` as `features.telling`, `pictures` by caption, in order."""
     rates = pd.read_csv(out / "nulls.csv")
     null_picture = plots.save(null_figure(rates), out / "figures", "nulls")
     sections = [("In short", summary(inputs, table, rates))]
@@ -42,8 +47,8 @@ def write(
     sections.append(("Pictures", shown))
     frequencies = pd.read_csv(out / "terms.csv").head(15)
     sections.append(("Most frequent terms", [report.table(frequencies)]))
-    if "best_label" in table:
-        sections.append(("Labels", [report.table(label_table(table))]))
+    if telling is not None:
+        sections.append(("Labels", [report.table(label_table(table, telling))]))
     chosen = table.sort_values("best_term_log10_q", ascending=False).head(top)
     terms = files.read_parquet(out / "top_terms.parquet").set_index("feature")
     genes = files.read_parquet(out / "genes.parquet").set_index("feature")
@@ -88,13 +93,13 @@ def share(rates: pd.DataFrame, features: str) -> str:
     return f"{found.iloc[0]:.1%}" if len(found) else "none"
 
 
-def label_table(table: pd.DataFrame) -> pd.DataFrame:
+def label_table(table: pd.DataFrame, telling: pd.DataFrame) -> pd.DataFrame:
     """The feature that tells each label best, with its name."""
-    best = table.sort_values("best_label_auroc", ascending=False).reset_index()
-    best = best.drop_duplicates("best_label")
-    columns = ["best_label", "feature", *replicates.of(table), "best_label_auroc", "density",
-               "best_term", "top_genes"]  # fmt: skip
-    return best[columns].sort_values("best_label").astype({"best_label": str})
+    best = table.iloc[telling["feature"]].rename_axis("feature").reset_index()
+    best = best.assign(label=telling["label"].astype(str), auroc=telling["auroc"])
+    return best[
+        ["label", "feature", *replicates.of(table), "auroc", "density", "best_term", "top_genes"]
+    ]
 
 
 def feature_section(row: pd.Series, terms: pd.DataFrame, genes: pd.DataFrame) -> list[str]:

@@ -90,7 +90,7 @@ def look(folder: Path) -> tuple[dict[Path, dict[str, Any]], list[str]]:
         raise InputError(f"no shard in {folder} has begun: start them again")
     first = sharding.alike(next(iter(settings.values())))
     for path, other in settings.items():
-        if changes := workdir.difference(first, sharding.alike(other)):
+        if changes := sharding.difference(first, other):
             raise InputError(f"{path} is a shard of another sweep:\n  {changes}")
     sharding.check_apart({path: each["positions"] for path, each in settings.items()})
     finished, missing = {}, []

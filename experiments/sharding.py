@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sae_jax import InputError, SAEConfig, ensemble
+from sae_jax import InputError, SAEConfig, ensemble, workdir
 from sae_jax.reading import check_file
 
 # Of two CPU cores, fitted to docs/benchmarks.md; only their ratios matter.
@@ -21,6 +21,7 @@ ELEMENTWISE, SELECTION = 25, 50  # as many of them a code costs beside its produ
 UPDATE = 40  # and as many an entry of the embedding's width and latent a step, whatever the batch
 
 OF_SHARD = ("num_shards", "shard_index", "positions")  # settings that differ between shards
+OF_MACHINE = ("resident_gib", "checkpoint_seconds", "tensorboard")  # that may: no result does
 
 Program = tuple[float, list[int]]  # seconds of each member, their positions
 
@@ -116,6 +117,12 @@ def read_settings(path: Path) -> dict[str, Any]:
 def alike(settings: dict[str, Any]) -> dict[str, Any]:
     """What all shards of a sweep are asked for alike."""
     return {name: value for name, value in settings.items() if name not in OF_SHARD}
+
+
+def difference(one: dict[str, Any], other: dict[str, Any]) -> str:
+    """What shards of two settings are asked for otherwise, if anything."""
+    without = dict.fromkeys(OF_MACHINE)
+    return workdir.difference(alike(one) | without, alike(other) | without)
 
 
 def check_apart(positions: Mapping[Path, Sequence[int]]) -> None:

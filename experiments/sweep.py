@@ -140,7 +140,7 @@ def check_siblings(out: Path, index: int, shards: int) -> None:
         if path.name == f"shard-{index:03d}-of-{shards:03d}" or not (path / SETTINGS).is_file():
             continue
         theirs = sharding.read_settings(path / SETTINGS)
-        if changes := workdir.difference(sharding.alike(theirs), sharding.alike(ours)):
+        if changes := sharding.difference(theirs, ours):
             raise InputError(f"{path} is a shard of another sweep:\n  {changes}")
 
 

@@ -312,8 +312,8 @@ def label(run: Run, c: int, v: int) -> dict[str, Any]:
     held, own = place[c]
     _within((v,), len(held["categories"]))
     areas = np.array(run.index["auroc"][:, own.start + v], np.float64)
-    active = np.array(run.index["of_label"][:, own.start + v], np.int64)
-    n_active = np.diff(run.index["by_feature.indptr"])
+    of_column = np.array(run.index["of_label"][:, own], np.int64)
+    active, n_active = of_column[:, v], of_column.sum(axis=1)
     n_cells = int(run.label_sizes(c)[v])
     order = np.argsort(-np.nan_to_num(areas, nan=-1), kind="stable")[:MOST_ROWS]
     return {

@@ -49,7 +49,7 @@ def page(run: Run, i: int) -> dict[str, Any]:
             "edges": edges.astype(np.float32), "counts": counts.astype(np.uint32),
             "n_silent": run.n_cells - len(values),
         },
-        "labels": _labels(run, i, len(values)),
+        "labels": _labels(run, i),
         "bands": _bands(run, cells, values),
         "nearest_activation": _nearest(run, i, correlations(run, i)),
     }  # fmt: skip
@@ -70,12 +70,14 @@ def plain(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
-def _labels(run: Run, i: int, n_active: int) -> list[dict[str, Any]]:
+def _labels(run: Run, i: int) -> list[dict[str, Any]]:
+    """By column; shares are of the active cells that have a label in it."""
     found = []
     counts = run.index["of_label"][i]
     for number, held, place in run.labels():
         sizes = run.label_sizes(number)
         active = counts[place].astype(np.int64)
+        n_active = int(active.sum())
         rows = [
             {
                 "value": value, "value_index": v, "n_active": int(n), "n_cells": int(size),

@@ -85,7 +85,7 @@ class Pages:
         return self.page(request, "entity.html", page=kind, subject=subject)
 
     def random(self, request: Request) -> Response:
-        """A feature that has a name: one that a term names, or a label fits."""
+        """A feature that a term names; any, where none is."""
         features = self.run.features
         named = np.flatnonzero(features["n_terms"].fillna(0) > 0) if "n_terms" in features else []
         chosen = np.random.default_rng().choice(named if len(named) else len(features))

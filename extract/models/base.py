@@ -113,7 +113,7 @@ class Model(abc.ABC):
       d_model: width of a hidden state.
       poolings: hidden states of a cell to its row(s); the first is what the authors export.
       outputs: what `run` can give beside hidden states, and of what a row is: "token" or "cell".
-      checkpoint: SHA-256 of the weights, by file.
+      checkpoint: SHA-256 of the weights, by file. dtype: it computes in this precision.
       naming: what its genes are named by: "symbol", "ensembl", or "any".
       values: what it wants of expression by default: "counts", "log1p", or "any".
       of_folder: whether its checkpoint is a folder, rather than a Python object.
@@ -124,6 +124,7 @@ class Model(abc.ABC):
     of_folder: ClassVar[bool] = True
     naming: str = "any"
     values: str = "any"
+    dtype: str = "float32"
     outputs: Mapping[str, str] = types.MappingProxyType({})
     genes: list[str]
     n_layers: int

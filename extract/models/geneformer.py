@@ -62,7 +62,7 @@ class Geneformer(SequenceModel):
         ensembl_mapping: str | Path | None = None,
         gene_name_id: str | Path | None = None,
     ) -> None:
-        self.device = device_of(device)
+        self.device, self.dtype = device_of(device), dtype
         folders = [checkpoint, checkpoint / "dictionaries"]
         if dictionaries is not None:
             folders = [Path(dictionaries)]

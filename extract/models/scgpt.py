@@ -166,7 +166,7 @@ class ScGPT(SequenceModel):
     naming = "symbol"
 
     def __init__(self, folder: Path, *, device: str = "cpu", dtype: str = "float32") -> None:
-        self.device = device_of(device)
+        self.device, self.dtype = device_of(device), dtype
         self.args = _read_args(folder / "args.json")
         self.vocabulary = _read_vocabulary(folder / "vocab.json", self.args["pad_token"])
         self.token_names = sorted(self.vocabulary, key=self.vocabulary.__getitem__)

@@ -13,7 +13,7 @@ from scipy import sparse as sp
 from scipy.spatial.distance import cdist
 
 import extract
-from analysis import attribution, counterfactuals, perturbed, swaps
+from analysis import attribution, attribution_store, counterfactuals, perturbed, swaps
 from analysis.attribution import attribute, find_pairs
 from analysis.baselines import fit
 from analysis.counterfactuals import choose
@@ -379,6 +379,24 @@ def test_a_coder_of_other_numbers_is_another_one(tmp_path: Path) -> None:
     other = Neurons(coder.median + np.float32(0.01))
     with pytest.raises(InputError, match="holds an attribution of other dictionary"):
         attribute(Planted(), other, CELLS, pairs=pairs, folder=tmp_path / "kept", **QUIET)
+
+
+def test_another_precision_and_other_batches_are_other_scores(tmp_path: Path) -> None:
+    model, pairs = Planted(), find_pairs(Planted(), Threshold(), CELLS)
+    call = {"pairs": pairs, "folder": tmp_path / "kept", **QUIET}
+    attribute(model, Threshold(), CELLS, **call)
+    model.dtype = "float32"
+    attribute(model, Threshold(), CELLS, **call)  # which is what is meant where none is named
+    model.dtype = "bfloat16"
+    with pytest.raises(InputError, match="holds an attribution of other dtype"):
+        attribute(model, Threshold(), CELLS, **call)
+    found = perturbed.perturbed(Planted(), Threshold(), CELLS, pairs.cells)
+    before = attribution_store.identity(Planted(), Threshold(), found, pairs.local(), {})
+    found.batch = np.zeros(len(pairs.cells), np.int32)  # one alone
+    assert attribution_store.identity(Planted(), Threshold(), found, pairs.local(), {}) == before
+    found.batch[-1] = 1
+    after = attribution_store.identity(Planted(), Threshold(), found, pairs.local(), {})
+    assert set(after) - set(before) == {"batch"}
 
 
 def test_finished_blocks_are_not_done_again(

@@ -188,6 +188,7 @@ def test_top_level_by_genes_is_the_smallest_that_holds_most() -> None:
     assert [row.nonzero()[0].tolist() for row in found.matrix.toarray()] == [[2], [1], [0], []]
     with pytest.raises(InputError, match="for 2 tops"):
         fs.top_level_by_genes(membership, tops, ["all", "low"])
+    assert fs.top_level_by_genes(membership, tops[:0], []).matrix.shape == (4, 0)
 
 
 def test_probe_looks_where_words_begin() -> None:
@@ -288,3 +289,11 @@ def test_figure_has_a_panel_a_key_and_leaves_out_features_without_a_place() -> N
         fs.figure(xy, {"short": [1, 2]})
     with pytest.raises(InputError, match="no keys"):
         fs.figure(xy, {})
+
+
+def test_of_too_many_categories_the_rarest_stay_grey() -> None:
+    names = [f"type {i:02}" for i in range(25)]
+    values = pd.Categorical(np.repeat(names, np.arange(1, 26)), ["unused", *names])
+    picture = fs.figure(np.random.default_rng(0).normal(size=(len(values), 2)), {"type": values})
+    shown = [text.get_text() for text in picture.axes[0].get_legend().get_texts()]
+    assert shown == names[5:]

@@ -92,6 +92,23 @@ def test_auroc_leaves_out_cells_without_a_label() -> None:
     np.testing.assert_array_equal(area, features.auroc(z[known], labels[known])[1])
 
 
+def test_one_feature_may_tell_several_labels_best_and_every_label_has_one() -> None:
+    labels = pd.Series(pd.Categorical([*list("AAABBBCCCDDD"), None], list("DCBA")))
+    z = np.zeros((13, 3))
+    z[:6, 1] = [9, 8, 7, 3, 2, 1]  # A above B above the rest
+    z[3:6, 2] = [0, 1, 0]
+    z[12] = 99  # of no label
+    found = features.telling(z, labels).set_index("label")
+    assert found.index.tolist() == list("DCBA")
+    areas = {
+        name: [roc_auc_score(labels[:12] == name, z[:12, i]) for i in range(3)] for name in "ABCD"
+    }
+    for name, own in areas.items():
+        assert found.at[name, "feature"] == int(np.argmax(own))
+        assert found.at[name, "auroc"] == pytest.approx(max(own))
+    assert found.loc[["A", "B"], "feature"].tolist() == [1, 1]
+
+
 def test_auroc_keeps_the_order_of_categories_that_occur() -> None:
     labels = pd.Categorical(["late", "early", "late"], categories=["early", "never", "late"])
     names, area = features.auroc(np.array([[2.0], [1.0], [3.0]]), labels)

@@ -312,6 +312,12 @@ def test_how_the_memory_is_told() -> None:
     assert re.search(r"1,800 features in \d+ passes, at most .* KiB, 1 KiB of it for tables", told)
 
 
+def test_no_more_features_are_tested_at_once_than_a_pass_has_the_sums_of() -> None:
+    blocks = chunked.chunked(sparse.csr_matrix(COUNTS), rows=37)
+    plan = differential.Passes.of(blocks, 1800, 400_000, tested=64, beside=200_000)
+    assert (plan.features, plan.tested) == (1, 1)
+
+
 def test_with_a_client_memory_is_of_all_threads_of_a_worker() -> None:
     matrix = _dask(sparse.csr_matrix, 5).X
     memory = 200_000

@@ -145,11 +145,18 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_one_embedding_of_cells(
-    run: Callable[..., Path], cells: anndata.AnnData, monkeypatch: pytest.MonkeyPatch
+    run: Callable[..., Path],
+    cells: anndata.AnnData,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """All pieces, against the dictionaries that were saved."""
     monkeypatch.setattr(plots, "plane", lambda x: (x[:, :2], "PC"))  # UMAP takes seconds to load
-    out = run(embedding="X_some", metadata=["tissue"], reductions=["mean"])
+    cells = cells.copy()
+    cells.obs["tissue"] = cells.obs["tissue"].where(np.arange(CELLS) % 3 > 0)
+    cells.obs["lab"] = "one"
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    out = run(embedding="X_some", metadata=["lab", "tissue"], reductions=["mean"])
     missing = set(cell_type_programs.FILES) - {path.name for path in out.iterdir()}
     assert missing == {"extraction", "tokens.parquet"}
     check_every_file(out)
@@ -165,6 +172,9 @@ def test_one_embedding_of_cells(
     dictionary = sae_jax.Dictionary.load(out / f"training/X_some/cells/dictionaries/{member:04d}")
     assert dictionary.config.reduction == latents["reduction"].iloc[1]
     z = dictionary.encode(x)
+    own = features[features["member"] == member].set_index("feature")
+    np.testing.assert_array_equal(own["n_active"], (z != 0).sum(axis=0)[own.index])
+    assert set(own["lab_verdict"]) == {"not enough data"}, "all cells are of one"
 
     # AUROC of the best latent of every kind, chosen here and measured there, and the mean of them.
     def area(cells_: np.ndarray, feature: int, kind: str) -> float:

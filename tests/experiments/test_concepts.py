@@ -385,6 +385,23 @@ def test_cells_that_share_too_few_genes_with_the_model_are_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_gene_without_a_symbol_keeps_its_own_name(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    adata = anndata.read_h5ad(settings["h5ad"])
+    symbols = adata.var["symbol"].astype(object)
+    symbols.iloc[[2, 5]] = np.nan
+    symbols.iloc[7] = " "
+    adata.var["symbol"] = symbols
+    adata.write_h5ad(tmp_path / "some.h5ad")
+    known = genes_of(settings | {"h5ad": str(tmp_path / "some.h5ad")})
+    own = adata.var_names[[2, 5, 7]]
+    measured = own[np.asarray(adata[:, own].X.sum(axis=0)).ravel() > 0]
+    assert len(measured)
+    assert set(measured) <= set(known.expression.genes)
+    assert not {"nan", " "} & set(known.expression.genes)
+
+
 def test_an_scvi_to_be_trained_will_know_the_genes_in_the_order_of_the_file(
     settings: dict[str, Any],
 ) -> None:

@@ -230,7 +230,11 @@ def test_what_was_changed_or_damaged_is_not_taken_for_a_result(
     flipped[len(flipped) // 2] ^= 1
     (out / "top_terms.parquet").write_bytes(flipped)
     (out / "enrichment.parquet").unlink()
-    run(dictionary=saved, resume=True, top=1, words=["program"])  # flags of what is shown
+    (tmp_path / "slim.obo").write_text(
+        "format-version: 1.2\n\n[Term]\nid: GO:0000001\nname: root\n"
+    )
+    shown = {"top": 1, "words": ["program"], "top_level": str(tmp_path / "slim.obo")}
+    run(dictionary=saved, resume=True, **shown)  # flags of what is shown
     pd.testing.assert_frame_equal(pd.read_parquet(out / "genes.parquet"), expected)
     assert pd.read_csv(out / "nulls.csv")["features"].iloc[-1] == "single dimensions"
     with pytest.raises(InputError, match=r"other settings[\s\S]*contents"):

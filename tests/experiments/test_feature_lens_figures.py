@@ -72,8 +72,9 @@ def test_with_everything_in_the_order_of_the_paper(tmp_path: Path, table: pd.Dat
 def test_panels_are_of_the_best_feature_of_each_label_or_of_the_strongest(
     table: pd.DataFrame,
 ) -> None:
-    assert feature_lens_figures.best_features(table) == ["feature_5", "feature_6"]
+    telling = pd.DataFrame({"label": list("xyz"), "feature": [2, 1, 2], "auroc": [0.7, 0.9, 0.8]})
+    assert feature_lens_figures.best_features(table, telling) == ["feature_5", "feature_6"]
     strongest = ["feature_5", "feature_6", "feature_8", "feature_3"]
-    assert feature_lens_figures.best_features(table.drop(columns="best_label")) == strongest
+    assert feature_lens_figures.best_features(table, None) == strongest
     assert feature_lens_figures.title("feature_5", table) == "5: B cell"
     assert feature_lens_figures.title("feature_6", table) == "feature_6"

@@ -169,6 +169,18 @@ def test_shards_that_were_split_by_another_version_are_refused(
             call(sweep, **GRID, data=runs / "rows.npy", **more)
 
 
+def test_a_shard_may_have_less_memory_but_no_other_rate(
+    shards: Callable[..., Path], runs: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "shards"
+    given = {**GRID, "data": runs / "rows.npy", "workdir": folder, "num_shards": 3}
+    shutil.rmtree(folder / "shard-002-of-003")
+    with pytest.raises(InputError, match=r"of another sweep:\n  epochs"):
+        call(sweep, **given | {"epochs": 3}, shard_index=2)
+    call(sweep, **given, shard_index=2, resident_gib=0.5, checkpoint_seconds=600)
+    assert len(Run.load(shards()).results) == 8
+
+
 def test_a_shard_goes_on_with_what_it_noted(
     shards: Callable[..., Path], runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

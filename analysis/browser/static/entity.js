@@ -92,7 +92,7 @@
       content.append(facts({ Cells: found.n_cells }));
       list("Features that mark it", "The first tell its cells best from all others (AUROC 0.5: not at all, 1: perfectly). Marked: at least 70 % of at least 100 active cells have this label.", [
         columns.feature, columns.number("auroc", "AUROC"),
-        columns.share("share", "Of the active cells", "of the cells in which the feature is active, the share with this label"),
+        columns.share("share", "Of the active cells", "of the cells in which the feature is active, and that have a label, the share with this one"),
         columns.share("of_label", "Of the label's cells", "of the cells with this label, the share in which the feature is active"),
         columns.number("n_active", "Active of them", "cells with this label in which the feature is active"),
       ], found.features, {

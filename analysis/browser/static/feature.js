@@ -129,13 +129,13 @@
     }
     page.labels.forEach((group, i) => {
       const place = element("div");
-      const few = group.enough ? "" : ` – only ${number(group.n_active)} active cells: shares of fewer than 100 are unsure`;
+      const few = group.enough ? "" : ` – only ${number(group.n_active)} active cells have a label: shares of fewer than 100 are unsure`;
       content.append(element("details", { open: i < 2 }, [
         element("summary", {}, [element("strong", {}, group.column), element("span", { class: "note" }, few)]), place,
       ]));
       SAE.table(place, [
         { name: "value", title: "Label", render: (value, row) => element("a", { href: SAE.link.label(group.column_index, row.value_index) }, value) },
-        columns.share("share", "Of the active cells", "of the cells in which the feature is active, the share with this label"),
+        columns.share("share", "Of the active cells", "of the cells in which the feature is active, and that have a label, the share with this one"),
         columns.share("of_label", "Of the label's cells", "of the cells with this label, the share in which the feature is active"),
         { ...columns.number("n_active", "Cells", "cells with this label in which the feature is active, of all with it"), text: (n, row) => `${number(n)} / ${number(row.n_cells)}` },
       ], group.rows, {

@@ -125,14 +125,17 @@ def test_a_feature_page(run: Run, adata: anndata.AnnData) -> None:
         assert beside == [i - 1 if i else None, i + 1 if i < 95 else None]
         for held in found["labels"]:
             column = adata.obs[held["column"]]
-            assert held["enough"] == (len(active) >= 100)
+            known = own[column.notna().to_numpy()]
+            n_active = int((known > 0).sum())
+            assert held["n_active"] == n_active
+            assert held["enough"] == (n_active >= 100)
             for row in held["rows"]:
                 inside = (column == row["value"]).to_numpy()
                 n = int((own[inside] > 0).sum())
                 assert (row["n_active"], row["n_cells"]) == (n, inside.sum())
-                assert np.isclose(row["share"], n / len(active))
+                assert np.isclose(row["share"], n / n_active)
                 assert np.isclose(row["of_label"], n / inside.sum())
-                assert row["marked"] == (len(active) >= 100 and n >= 0.7 * len(active))
+                assert row["marked"] == (n_active >= 100 and n >= 0.7 * n_active)
         top = found["bands"][0]["rows"]
         order = np.argsort(-own, kind="stable")[: min(10, len(active))]
         assert [row["cell"] for row in top] == order.tolist()
@@ -218,7 +221,7 @@ def test_a_label(run: Run, adata: anndata.AnnData) -> None:
         greater = (a[:, None] > b).mean() + 0.5 * (a[:, None] == b).mean()
         assert np.isclose(row["auroc"], greater, atol=1e-6)
         assert row["n_active"] == (a > 0).sum()
-        assert np.isclose(row["share"], (a > 0).sum() / (own > 0).sum())
+        assert np.isclose(row["share"], (a > 0).sum() / (own[known] > 0).sum())
         assert np.isclose(row["of_label"], (a > 0).mean())
 
 
