@@ -42,7 +42,7 @@ def describe(
     about = {
         "model": model.name,
         "checkpoint": FLAGS.checkpoint,
-        "checkpoint_sha256": model.checkpoint,
+        "checkpoint_sha256": model.checkpoint or {"all": _input_hash(Path(FLAGS.checkpoint))},
         "input": FLAGS.h5ad,
         "input_sha256": _input_hash(Path(FLAGS.h5ad)),
         "counts": FLAGS.counts or "X",
@@ -62,6 +62,8 @@ def describe(
         "device": str(model.device),
         "versions": _versions(),
     }
+    if not type(model).__module__.startswith("extract."):  # ours say all of it in their settings
+        about["options"] = sorted(FLAGS.option)
     return about | {"identity": identity(about)}
 
 

@@ -149,11 +149,16 @@ def _inputs(
     plan = streaming.Plan(
         rows=len(rows),
         batch_size=architecture.batch_size,
-        block=max(streaming.BLOCK, rows.chunk_rows),
+        block=block_rows(rows),
         buffer_rows=size,
         data_seed=provenance["data_seed"],
     )
     return Stream(rows, plan, normalizer, mesh)
+
+
+def block_rows(rows: Rows) -> int:
+    """Rows that are read together: a chunk of the file, or more. The order depends on it."""
+    return max(streaming.BLOCK, rows.chunk_rows)
 
 
 def buffer_rows(rows: Rows, resident_bytes: int, architecture: Architecture) -> int:
@@ -180,7 +185,7 @@ def _member(
         "status": "trained" if alive else "diverged",
         "epochs": done,
         "best_epoch": done - 1 if outcome.best_epoch is None else int(outcome.best_epoch[i]),
-        "train_loss": float(history.loss[-1]),
+        "train_loss": float(history.loss[-1]) if alive else np.nan,
         **{name: value[i].item() if alive else np.nan for name, value in outcome.measured.items()},
     }
     if not alive and distributed.is_first():

@@ -364,6 +364,9 @@ class SAEConfig(Architecture):
           InputError: an unknown preset or field, or one that the preset needs and was not given.
         """
         fixed, required = preset_fields(preset)
+        activation = fields.get("activation", fixed.get("activation"))
+        if not (with_k := activation in USED_WITH["k"]["activation"]):
+            required = tuple(name for name in required if name not in ("k", "k_percent"))
         missing = [name for name in ("d_in", "n_latents", *required) if name not in fields]
         if missing:
             raise InputError(f"preset {preset!r} needs {', '.join(missing)}")
@@ -375,7 +378,7 @@ class SAEConfig(Architecture):
                 raise InputError(f"k_percent={percent!r} must be a number in (0, 100]")
             _check_integer("n_latents", fields["n_latents"], low=1)
             fields["k"] = max(1, int(fields["n_latents"] * percent / 100))
-        if preset == "claye" and fields.get("k") is None:
+        if preset == "claye" and with_k and fields.get("k") is None:
             _check_integer("n_latents", fields["n_latents"], low=1)
             fields["k"] = max(1, round(0.016 * fields["n_latents"]))
         return cls.from_dict({**fixed, "name": preset, **fields})

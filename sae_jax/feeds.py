@@ -55,10 +55,12 @@ class Stream:
         epoch, batch = divmod(at, self.plan.steps)
         coming = self.rows, self.plan, range(epoch, epochs)
         skip = batch // self.buffer_steps
+        x64 = jax.config.jax_enable_x64  # of this thread: `jax.enable_x64` is of one alone
 
         def put(rows: np.ndarray) -> jax.Array:
-            normal = models.normalize(jax.device_put(rows), self.normalizer)
-            return normal if self.mesh is None else ensemble.replicate(normal, self.mesh)
+            with jax.enable_x64(x64):
+                normal = models.normalize(jax.device_put(rows), self.normalizer)
+                return normal if self.mesh is None else ensemble.replicate(normal, self.mesh)
 
         if not isinstance(self.rows, Together):
             yield from streaming.prefetched(*coming, put, skip)

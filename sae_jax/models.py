@@ -164,7 +164,7 @@ def _decode_in_blocks(params: Params, z: jax.Array, architecture: Architecture) 
     """`decode_nested` where devices share the latents, which slices would move between them.
 
     Blocks of latents of which every device and every nested dictionary has a whole number are
-    decoded by themselves, and summed. Widths are multiples of the first (`ensemble.check_split`).
+    decoded by themselves, and summed. Widths are multiples of the first; no others are shared.
     """
     n, d = params.decoder.shape
     size = math.gcd(architecture.widths[0], n // distributed.latent_devices())

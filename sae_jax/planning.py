@@ -42,8 +42,8 @@ def check(
         raise InputError("no configurations to train")
     counts = [("epochs", epochs, 1), ("data_seed", data_seed, 0)]
     counts += [] if patience is None else [("patience", patience, 1)]
-    if resident_bytes is not None and not float(resident_bytes) >= 0:
-        raise InputError(f"resident_bytes={resident_bytes!r} must be at least 0")
+    if resident_bytes is not None and not 0 <= float(resident_bytes) < float("inf"):
+        raise InputError(f"resident_bytes={resident_bytes!r} must be a number, at least 0")
     for name, value, low in counts:
         integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
         if not (integer and low <= value <= MOST):
@@ -74,11 +74,10 @@ def check(
                 "patience compares losses, and sparsity_control='target_l0' changes what the loss "
                 f"is while {config.name} trains: leave one out"
             )
-        if patience is not None and not given and (config.l1_warmup or config.l0_warmup):
+        if patience is not None and "validation" not in given and (what := _raises_loss(config)):
             raise InputError(
-                "patience compares training losses where there are no validation rows, and a "
-                f"warm-up of the penalty raises those of {config.name}: give validation rows, or "
-                "leave one of the two out"
+                f"patience compares training losses where there are no validation rows, and {what} "
+                f"raises those of {config.name}: give validation rows, or leave one of the two out"
             )
     trainer.check_histories(len(configs), int(epochs), rows.dtype.itemsize)
     for architecture, chosen in ensemble.buckets(configs).items():
@@ -86,6 +85,13 @@ def check(
             bucket.buffer_rows(rows, resident_bytes, architecture)
         _fitting(architecture, chosen, rows, given, resident_bytes, latent_devices)
     return rows, given
+
+
+def _raises_loss(config: SAEConfig) -> str | None:
+    """What adds to a training loss as training goes on, if anything."""
+    if config.l1_warmup or config.l0_warmup:
+        return "a warm-up of the penalty"
+    return "auxk, which sets in as latents die," if config.auxiliary == "auxk" else None
 
 
 def programs(

@@ -20,7 +20,7 @@ from absl import logging
 from tqdm import tqdm
 
 import sae_jax
-from sae_jax import bucket, data, distributed, planning, pulse, together
+from sae_jax import bucket, data, distributed, planning, pulse, streaming, together
 from sae_jax.checkpoint import Checkpoints, Preempted, Preemption
 from sae_jax.config import SAEConfig, preset_fields, unused_fields
 from sae_jax.dictionary import Dictionary
@@ -44,7 +44,7 @@ class Run:
         config, `status` (trained, diverged, failed), `epochs` (trained), `best_epoch` (that of the
         weights, from 0), `train_loss` (mean of the last epoch), and each metric of
         `sae_jax.metrics.evaluate` with prefix `train_` and, where validation rows were given,
-        `validation_`. Others than trained have NaN.
+        `validation_`. Others than trained have NaN for these and for `train_loss`.
       history: a pandas DataFrame, one row per configuration and epoch: member, epoch; loss, mse,
         l1, l0 (means over the epoch's batches, in the normalised space); validation_loss.
     """
@@ -120,10 +120,11 @@ def train(
         history.parquet, and checkpoints/ of the program in training. The same call again goes on
         from what is there, on CPUs bit for bit as if it had not been stopped, and trains no
         finished member again. On SIGTERM a checkpoint is written and SystemExit(143) raised.
-      data_seed: the order of rows depends on it and on the epoch alone.
+      data_seed: the order of rows depends on it and on the epoch alone; where they are streamed,
+        on the size of the file's chunks and of the resident rows too.
       patience: a member stops when so many epochs brought no lower loss (on the validation rows,
-        where there are any), and its best weights are kept; None: all train all epochs, and the
-        last weights are kept.
+        where there are any; needed with a warm-up and with auxk, which raise the training loss),
+        and its best weights are kept; None: all train all epochs, and the last weights are kept.
       progress: a bar on stderr.
       provenance: where the rows come from (file, key, model, layer, ...), in JSON's types; it
         travels with every dictionary.
@@ -176,11 +177,15 @@ def train(
     }
     if isinstance(rows, Rows):
         settings["resident_bytes"] = resident_bytes
+        if (block := bucket.block_rows(rows)) != streaming.BLOCK:
+            settings["block"] = block
+    if (dtype := str(jax.dtypes.canonicalize_dtype(rows.dtype))) != "float32":
+        settings["dtype"] = dtype
     kept = ("epochs", "data_seed", "patience", "train", "resident_bytes")
     about = {
         **(provenance or {}),
         **{name: settings[name] for name in kept if name in settings},
-        "versions": {module.__name__: module.__version__ for module in (sae_jax, jax, flax, optax)},
+        "versions": _versions((provenance or {}).get("versions")),
     }
     _check_json(about)
     distributed.check_same(_digest(settings), "other rows, configurations or settings")
@@ -290,6 +295,12 @@ def _write(out: Workdir, members: dict[int, Member], positions: list[int]) -> No
 
 def _digest(settings: dict[str, Any]) -> bytes:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).digest()
+
+
+def _versions(of_rows: Any) -> dict[str, str]:
+    """Of what trains, beside those of what made the rows, if these say so."""
+    ours = {module.__name__: module.__version__ for module in (sae_jax, jax, flax, optax)}
+    return {**of_rows, **ours} if isinstance(of_rows, dict) else ours
 
 
 def _check_json(provenance: dict[str, Any]) -> None:

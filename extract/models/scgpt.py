@@ -422,7 +422,7 @@ def _check(settings: dict[str, Any], args: dict[str, Any]) -> dict[str, Any]:
         "values": tuple(_WANTED),
         "select": ("random", "top", "all"),
         "order": ("file", "descending"),
-        "hvg_flavor": (None, "seurat_v3", "seurat"),
+        "hvg_flavor": (None, *variable.FLAVORS),
         "include_zeros": (True, False),
         "cls": (True, False),
         "duplicates": ("refuse", "sum"),

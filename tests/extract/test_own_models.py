@@ -61,7 +61,7 @@ def test_the_program_takes_it(projection: Path, tmp_path: Path) -> None:
     CELLS.write_h5ad(tmp_path / "cells.h5ad")
     words = {
         "model": "mine:Projection", "checkpoint": projection, "h5ad": tmp_path / "cells.h5ad",
-        "output": tmp_path / "out", "device": "cpu",
+        "output": tmp_path / "out",
     }  # fmt: skip
     with flagsaver.flagsaver():
         main.define_flags()
@@ -69,6 +69,39 @@ def test_the_program_takes_it(projection: Path, tmp_path: Path) -> None:
         main.main()
     found = store.open(tmp_path / "out/latent.zarr")
     np.testing.assert_allclose(found.X[:], latents(projection), atol=1e-5)
+
+
+def test_rows_of_other_weights_or_options_are_not_taken_for_finished(
+    projection: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though the reader names no hashes of its files."""
+    CELLS.write_h5ad(tmp_path / "cells.h5ad")
+
+    class Scaled(sys.modules["mine"].Projection):
+        def __init__(self, folder: Path, *, scale: float = 1.0, **more: str) -> None:
+            super().__init__(folder, **more)
+            self.w = self.w * scale
+
+    monkeypatch.setattr(sys.modules["mine"], "Scaled", Scaled, raising=False)
+
+    def extracted(*words: str) -> np.ndarray:
+        with flagsaver.flagsaver():
+            main.define_flags()
+            flags.FLAGS(
+                ["program", "--model=mine:Scaled", f"--checkpoint={projection}",
+                 f"--h5ad={tmp_path / 'cells.h5ad'}", f"--output={tmp_path / 'out'}", *words]
+            )  # fmt: skip
+            main.main()
+        return store.open(tmp_path / "out/latent.zarr").X[:]
+
+    first = extracted("--option=scale=2")
+    with pytest.raises(InputError, match="scale=2"):
+        extracted("--option=scale=3")
+    file = dict(np.load(projection / "weights.npz"))
+    np.savez(projection / "weights.npz", **file | {"W": file["W"] + 1})
+    with pytest.raises(InputError, match="checkpoint_sha256"):
+        extracted("--option=scale=2")
+    assert not np.allclose(extracted("--option=scale=2", "--overwrite"), first)
 
 
 @pytest.mark.parametrize("name", ["nobody", "mine:Nobody", "no.such.module:Model"])

@@ -75,6 +75,12 @@ def test_k_percent_is_truncated_and_at_least_one(n_latents: int, percent: float)
     assert type(made.k) is int
 
 
+@pytest.mark.parametrize("preset", ["claye", "topk", "topk_schuster", "batch_topk"])
+def test_an_activation_without_k_needs_none(preset: str) -> None:
+    made = SAEConfig.preset(preset, **SIZE, activation="relu", l1_weight=0.1)
+    assert (made.activation, made.k) == ("relu", None)
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_any_field_may_be_given_beside_a_preset(preset: str) -> None:
     values = {"k_percent": 10, "k": 2, "l1_weight": 0.1, "l0_weight": 0.1, "target_l0": 3}

@@ -61,6 +61,21 @@ def test_the_weights_are_those_of_memory_bit_for_bit(tmp_path: Path) -> None:
                 assert getattr(trained.params, name)[i].tobytes() == np.asarray(value).tobytes()
 
 
+def test_rows_that_are_streamed_keep_their_precision(tmp_path: Path) -> None:
+    """In a thread of its own, which knows nothing of the caller's mode."""
+    rows = np.random.default_rng(1).normal(size=(200, 6))
+    np.save(tmp_path / "x.npy", rows)
+    plan = streaming.Plan(rows=200, batch_size=32, block=64, buffer_rows=96, data_seed=3)
+    with jax.enable_x64(True):
+        opened = data.check_rows(data.open_rows(str(tmp_path / "x.npy")), "train")
+        stream = feeds.Stream(opened, plan, data.fit_normalizer(opened, "zscore"))
+        found = np.concatenate([np.asarray(x)[order.ravel()] for x, order in stream.buffers(0, 1)])
+        dtype = stream.dtype
+    wanted = ((rows - rows.mean(axis=0)) / rows.std(axis=0))[plan.positions(0).ravel()]
+    assert found.dtype == dtype == np.float64
+    np.testing.assert_allclose(found, wanted, atol=1e-12)
+
+
 @pytest.mark.parametrize("where", ["disk", "memory"])
 def test_an_epoch_that_is_cut_anywhere_resumes_bit_for_bit(
     where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -108,6 +123,15 @@ def test_an_epoch_that_is_cut_anywhere_resumes_bit_for_bit(
     for ours, theirs in zip(found.dictionaries, expected.dictionaries, strict=True):
         for a, b in zip(jax.tree.leaves(ours.params), jax.tree.leaves(theirs.params), strict=True):
             assert a.tobytes() == b.tobytes()
+
+
+def test_rows_in_other_chunks_come_in_another_order_and_are_another_run(tmp_path: Path) -> None:
+    call = {"configs": CONFIGS[:1], "epochs": 1, "progress": False, "workdir": tmp_path / "run"}
+    rows = streaming.Rows(ROWS)
+    rows.chunk_rows = 500
+    sae_jax.train(train=rows, resident_bytes=6 * 32 * 24, **call)
+    with pytest.raises(sae_jax.InputError, match="block: 500 there, None asked for"):
+        sae_jax.train(train=streaming.Rows(ROWS), resident_bytes=6 * 32 * 24, **call)
 
 
 def test_epochs_in_parts_are_those_trained_whole(monkeypatch: pytest.MonkeyPatch) -> None:

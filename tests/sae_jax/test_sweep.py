@@ -577,7 +577,14 @@ def test_patience_is_not_fooled_by_a_warm_up() -> None:
     configs = sae_jax.grid("vanilla", **SIZE, l1_weight=1.0, l1_warmup=20)
     with pytest.raises(InputError, match="warm-up of the penalty"):
         train(configs=configs, validation=None, patience=2)
+    with pytest.raises(InputError, match="warm-up of the penalty"):
+        train(
+            configs=configs, validation=None, test=VALIDATION, patience=2
+        )  # which is not looked at
     train(configs=configs, patience=2)
+    revived = sae_jax.grid("topk", **SIZE, k=2)
+    with pytest.raises(InputError, match="auxk, which sets in as latents die"):
+        train(configs=revived, validation=None, patience=2)
 
 
 def test_held_out_rows_of_another_precision_are_cast() -> None:
@@ -609,6 +616,21 @@ def test_folders_of_others_are_refused_and_left_alone(tmp_path: Path) -> None:
         train("")
 
 
+def test_what_made_the_rows_is_not_forgotten() -> None:
+    versions = {"torch": "2.0", "sae_jax": "0"}
+    run = train(provenance={"versions": versions, "layer": 3})
+    (kept,) = {json.dumps(d.provenance["versions"]) for d in run.dictionaries if d is not None}
+    assert json.loads(kept).keys() == {"torch", "sae_jax", "jax", "flax", "optax"}
+    assert json.loads(kept)["sae_jax"] == sae_jax.__version__
+
+
+def test_a_run_goes_on_in_its_own_precision(tmp_path: Path) -> None:
+    rows = ROWS.astype(np.float64)
+    train(tmp_path, train=rows)
+    with jax.enable_x64(True), pytest.raises(InputError, match="dtype: None there, 'float64'"):
+        train(tmp_path, train=rows)
+
+
 def test_rows_of_a_file_are_named_as_in_the_file(tmp_path: Path) -> None:
     rows = ROWS.copy()
     rows[[7, 31]] = np.nan
@@ -627,6 +649,7 @@ def test_rows_of_a_file_are_named_as_in_the_file(tmp_path: Path) -> None:
         ({"validation": VALIDATION[:1]}, "validation has one row"),
         ({"epochs": 2**31 - 1}, "epochs=2147483647 of 3 steps are more than"),
         ({"checkpoint_seconds": float("nan")}, "checkpoint_seconds=nan"),
+        ({"resident_bytes": float("inf")}, "resident_bytes=inf must be a number"),
     ],
 )
 def test_numbers_beyond_what_is_computed(given: dict[str, Any], message: str) -> None:
