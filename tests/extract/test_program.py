@@ -389,7 +389,8 @@ class Own(Model):
 @pytest.fixture
 def own(program: Program, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Program:
     monkeypatch.setitem(sys.modules, "mine", types.SimpleNamespace(Own=Own))
-    return lambda **given: program(model="mine:Own", checkpoint=tmp_path, **given)
+    (tmp_path / "own").mkdir()
+    return lambda **given: program(model="mine:Own", checkpoint=tmp_path / "own", **given)
 
 
 def test_options_go_where_they_are_taken(own: Program) -> None:
