@@ -53,10 +53,9 @@ def main() -> None:
             f"{counted(len(missing), 'shard')} missing or not finished: give the commands above, "
             "or --partial"
         )
+    files.remove_leftovers_of(out)
     results = gather(finished, out)
-    split = "validation" if "validation_r2" in results else "train"
-    plots.save(plots.frontier(results, split=split), out / "figures", "frontier")
-    manifest.add(out, "figures")
+    split = split_of(results)
     many = counted(len(results), "configuration")
     print(f"{out}/: {many} of {counted(len(finished), 'shard')}")
     print(f"\nbest {split} R² at their L0")
@@ -154,8 +153,15 @@ def gather(shards: dict[Path, dict[str, Any]], out: Path) -> pd.DataFrame:
             files.write_parquet(fresh / f"{name}.parquet", table)
         files.write_json(fresh / "configs.json", {"configs": configs} | training[0])
         files.write_json(fresh / sweep.SETTINGS, sharding.alike(settings))
+        frontier = plots.frontier(whole["results"], split=split_of(whole["results"]))
+        plots.save(frontier, fresh / "figures", "frontier")
         manifest.write(fresh)
     return whole["results"]
+
+
+def split_of(results: pd.DataFrame) -> str:
+    """The rows whose metrics are told: held out, if there are any."""
+    return "validation" if "validation_r2" in results else "train"
 
 
 if __name__ == "__main__":

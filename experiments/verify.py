@@ -11,6 +11,7 @@ Programs that read such folders look at the size of every file before they begin
 --verify=full at every byte.
 """
 
+import json
 import re
 from pathlib import Path
 
@@ -63,7 +64,8 @@ def inputs(*paths: str | Path | None) -> None:
       InputError: something is missing or not as it was left.
     """
     for path in (Path(re.sub(r"(\.zarr):[^:]*$", r"\1", str(path))) for path in paths if path):
-        foreign = (path / "zarr.json").is_file() and not _is_extraction(path)
+        of_zarr = any((path / name).is_file() for name in ("zarr.json", ".zgroup"))
+        foreign = of_zarr and not _is_extraction(path)
         if not path.is_dir() or foreign or (path / "cfg.json").is_file():
             continue
         if (path / manifest.NAME).is_file() or _is_extraction(path) or FLAGS.verify == "full":
@@ -105,7 +107,18 @@ def look(folder: Path, level: manifest.Level) -> int:
 
 
 def _is_extraction(folder: Path) -> bool:
-    return (folder / "uns" / "extraction").is_dir()
+    """Whether a store is one that `sae-jax-extract` left, damaged or not.
+
+    What anndata writes of such, of some of its cells or of several stores, keeps the record of them
+    too, but has no attributes at its root but anndata's own: it is nobody's.
+    """
+    if not (folder / "uns" / "extraction").is_dir() or (folder / ".zgroup").is_file():
+        return False
+    try:
+        attributes = set(json.loads((folder / "zarr.json").read_bytes())["attributes"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return True
+    return not attributes <= {"encoding-type", "encoding-version"}
 
 
 if __name__ == "__main__":

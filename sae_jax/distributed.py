@@ -217,10 +217,10 @@ def leave(status: int, trace: bool = False) -> None:
     """End this process at once if it is one of several: an orderly end would wait for the others,
     who wait for it. `trace`: of the exception in hand, first."""
     if jax.distributed.is_initialized():
-        if trace:
-            traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for say in (traceback.print_exc if trace else None, sys.stdout.flush, sys.stderr.flush):
+            with contextlib.suppress(OSError, ValueError):  # it may be a file of a full disk
+                if say is not None:
+                    say()
         os._exit(status)
 
 

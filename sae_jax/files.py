@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import glob
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 ASIDE = ".writing-"  # begins the name of what is not finished
 _REPLACED = f"{ASIDE}replaced"  # beside a new folder, the old one while it makes way
+_WHOLE = ".whole"
 _TRIAL = 64 << 10  # bytes
 _pinned: dict[Path, tuple[int, int]] = {}
 
@@ -142,6 +144,15 @@ def remove_leftovers(*folders: str | os.PathLike[str]) -> None:
             _clear(leftover, folder / name)
 
 
+def remove_leftovers_of(path: str | os.PathLike[str]) -> None:
+    """The same of one file or folder alone, where others may write beside it."""
+    path = Path(path)
+    for leftover in path.parent.glob(f"{ASIDE}{glob.escape(path.name)}.*"):
+        name = leftover.name.removeprefix(ASIDE).removesuffix(_WHOLE)
+        if name.rpartition(".")[0] == path.name:
+            _clear(leftover, path)
+
+
 def remove(path: str | os.PathLike[str]) -> None:
     """Delete a file, a folder with all in it, or a link (not what it leads to), if it is there."""
     path = Path(path)
@@ -190,7 +201,7 @@ def sync(path: Path) -> None:
 
 def _whole(aside: Path) -> Path:
     """Where what is written lies when it is whole, until it takes its place."""
-    return aside.with_name(f"{aside.name}.whole")
+    return aside.with_name(f"{aside.name}{_WHOLE}")
 
 
 def _clear(aside: Path, path: Path) -> None:

@@ -5,6 +5,8 @@ Configurations of one architecture are one program, in parts where the memory do
 
 import dataclasses
 import functools
+import hashlib
+import json
 from typing import Any
 
 import jax
@@ -48,6 +50,10 @@ def check(
         integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
         if not (integer and low <= value <= MOST):
             raise InputError(f"{name}={value!r} must be an integer in {low} .. {MOST}")
+    if jax.process_count() > 1:  # before what they exchange depends on it
+        asked = [[config.to_dict() for config in configs], int(epochs), int(data_seed)]
+        digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).digest()
+        distributed.check_same(digest, "other configurations")
     rows = _checked(train, "train", None)
     given = {name: x for name, x in held_out.items() if x is not None}
     for name, x in given.items():

@@ -233,7 +233,7 @@ def _train_programs(
             tqdm(total=sum(steps), unit=" steps", unit_scale=True, disable=silent)
         )
         if out is not None:
-            distributed.first(
+            distributed.once(
                 lambda: out.keep_checkpoints([positions[0] for positions, _ in programs])
             )
             stack.enter_context(preemption.watched())

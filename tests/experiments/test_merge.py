@@ -1,5 +1,6 @@
 """Shards of a sweep, gathered: the run that one job would have made."""
 
+import errno
 import json
 import shlex
 import shutil
@@ -19,6 +20,7 @@ from absl.testing import flagsaver
 from analysis import plots
 from experiments import merge, sharding, sweep
 from sae_jax import InputError, Run, manifest, metrics, trainer
+from sae_jax.disk import DiskError
 
 ROWS = np.random.default_rng(0).normal(size=(120, 4)).astype(np.float32)
 GRID = {
@@ -142,6 +144,24 @@ def test_a_folder_that_is_there_is_not_touched(shards: Callable[..., Path], tmp_
     (tmp_path / "merged/mine").touch()
     with pytest.raises(InputError, match="is there already"):
         shards()
+
+
+def test_what_a_kill_or_a_full_disk_left_is_cleared_and_the_same_command_does_it(
+    shards: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / ".writing-merged.abc/merged/dictionaries").mkdir(parents=True)
+    (tmp_path / ".writing-merged.abc.whole").mkdir()
+    (tmp_path / ".writing-mine.abc").mkdir()
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(plots, "save", full)
+        with pytest.raises(DiskError, match="merged cannot be written"):
+            shards()
+    assert {path.name for path in tmp_path.iterdir()} == {"shards", ".writing-mine.abc"}
+    assert manifest.check(shards(), "full")
 
 
 def positions(folder: Path, index: int, places: list[int]) -> None:

@@ -2,14 +2,19 @@
 
 import json
 from pathlib import Path
+from typing import Literal
 
+import anndata
 import numpy as np
+import pandas as pd
 import pytest
 from absl import flags
 from absl.testing import flagsaver
 
 from experiments import verify
-from sae_jax import Dictionary, InputError, SAEConfig, files, manifest
+from extract import provenance, store
+from extract.hashing import rows_hash
+from sae_jax import Dictionary, InputError, SAEConfig, data, files, manifest
 from sae_jax.state import Params
 from tests.experiments.damage import check_every_file, verified
 
@@ -77,6 +82,42 @@ def test_every_byte_of_a_dictionary_counts(run: Path) -> None:
     del cfg["cfg_sha256"]  # as before there was such a hash
     (folder / "cfg.json").write_text(json.dumps(cfg | {"format_version": 1}))
     assert Dictionary.load(folder).provenance == {"é": [1e-5, None]}
+
+
+@pytest.mark.parametrize("zarr_format", [2, 3])
+def test_stores_that_were_joined_are_read_as_anybodys(
+    tmp_path: Path, zarr_format: Literal[2, 3]
+) -> None:
+    """As docs/multihost.md has it; and some of the cells of one."""
+    parts = {}
+    for name in ("a", "b"):
+        obs = pd.DataFrame(index=[f"{name}{i}" for i in range(4)])
+        about = {"pooling": "cls", "empty_cells": [], "obs_names_sha256": rows_hash(obs, "cls"),
+                 "input": name, "model": "scgpt", "store_dtype": "float32"}  # fmt: skip
+        about |= {"identity": provenance.identity(about)}
+        writer = store.Writer(tmp_path / name, {"layer_06": 6}, obs, 3, about, "float32")
+        for block in writer.blocks:
+            writer.write(block.number, block.rows, {"layer_06": np.ones((4, 3), np.float32)})
+        writer.finish()
+        parts[name] = anndata.read_zarr(tmp_path / name / "layer_06.zarr")
+    with flagsaver.flagsaver():
+        if "verify" not in flags.FLAGS:
+            verify.define_flag()
+        flags.FLAGS(["program", "--verify=full"])
+        verify.inputs(tmp_path / "a/layer_06.zarr")
+        with anndata.settings.override(zarr_write_format=zarr_format):
+            anndata.concat(parts, uns_merge="same").write_zarr(tmp_path / "joined.zarr")
+            parts["a"][:2].copy().write_zarr(tmp_path / "some.zarr")
+        for name, rows in {"joined": 8, "some": 2}.items():
+            verify.inputs(tmp_path / f"{name}.zarr")
+            assert len(data.open_rows(str(tmp_path / f"{name}.zarr"))) == rows
+            assert data.provenance(str(tmp_path / f"{name}.zarr"))["model"] == "scgpt"
+        content = (tmp_path / "a/layer_06.zarr/zarr.json").read_text()
+        (tmp_path / "a/layer_06.zarr/zarr.json").write_text(
+            content.replace("-manifest", "-manifesu")
+        )
+        with pytest.raises(ValueError, match="was not finished"):
+            verify.inputs(tmp_path / "a/layer_06.zarr")
 
 
 @pytest.mark.parametrize("level", manifest.LEVELS)
