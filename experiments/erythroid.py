@@ -196,7 +196,8 @@ def name(
 
 
 def story(changes: pd.DataFrame, others: pd.DataFrame, asked: list[str]) -> pd.DataFrame:
-    """Genes asked for, one row per feature and gene, and a row for their mean log2 fold change."""
+    """Genes asked for, one row per feature and gene, and a row for their mean log2 fold change;
+    control_p of all is the share of controls that change at least as far the same way."""
     columns = ["cells", "feature", "gene", "before", "after", "log2_fold_change", "share_up",
                "control_median", "control_p"]  # fmt: skip
     rows = []
@@ -207,12 +208,13 @@ def story(changes: pd.DataFrame, others: pd.DataFrame, asked: list[str]) -> pd.D
         drawn = steering_page.of(others, label, feature)
         drawn = drawn.groupby("control")["log2_fold_change"].mean()
         mean = part["log2_fold_change"].mean()
+        beyond = drawn >= mean if mean > 0 else drawn <= mean
         rows.append(
             pd.DataFrame(
                 {
                     "cells": [label], "feature": feature, "gene": "mean of these",
                     "log2_fold_change": mean, "control_median": drawn.median(),
-                    "control_p": (1 + (drawn >= mean).sum()) / (1 + len(drawn)),
+                    "control_p": (1 + beyond.sum()) / (1 + len(drawn)),
                 }
             )
         )  # fmt: skip

@@ -58,8 +58,9 @@ READING = (
     "after would give on average. They measure how large a change is beside the noise of counting "
     "and grow with the number of cells; they are no evidence that cells would do what the model "
     "says.",
-    "control p is the share of random live features, each cell moved equally far, that raise the "
-    "gene at least as much (itself counted). Features of the same lineage may be among them. "
+    "control p is the share of random live features, each cell moved equally far, that move the "
+    "gene at least as far the same way, up or down as it went (itself counted): by chance it is "
+    "below .05 twice as often as that. Features of the same lineage may be among them. "
     "log2 fold change is of mean counts per ten thousand, .01 added; effect is the regression's.",
 )
 

@@ -56,15 +56,14 @@ STANDARD = (
            "Share of dictionaries of other seeds that have a feature of the same direction."),
     Column("technical", "Technical", FLAG, None,
            "A technical column, such as the counts of a cell or its batch, explains much of it."),
-    Column("top_genes", "Top genes", TEXT, None,
-           "Of `sae-jax concepts`, the genes that drive it most (attribution); of `sae-jax lens`, "
-           "those that are highest in its cells."),
+    Column("top_genes", "Top genes", TEXT, None, "The genes that are highest in its cells."),
+    Column("attributed_genes", "Driving genes", TEXT, None,
+           "The genes that drive it most (attribution, of `sae-jax concepts`)."),
     Column("latent", "Latent", NUMBER, None, "Its number in the dictionary."),
 )  # fmt: skip
 
 # By name or pattern: title, unit, description. `\1` is the column of metadata.
 OTHERS = {
-    r"attributed_genes": ("Driving genes", None, "The genes that drive it most (attribution)."),
     r"replicated_by_activation": ("Replication by activation", SHARE,
         "Share of dictionaries of other seeds that have a feature active in the same cells."),
     r"best_cosine": ("Best cosine", "cosine", "With the most alike feature of another seed."),
@@ -118,6 +117,8 @@ def standard(folder: Folder, hidden: Collection[str] = ()) -> pd.DataFrame:
     What the program found out about `hidden` columns of the cells' metadata is left out.
     """
     table = _without(folder, set(hidden)).rename(columns={old: new for new, old in _SAME.items()})
+    if folder.program == "concepts" and (folder.path / "attribution.parquet").exists():
+        table = table.rename(columns={"top_genes": "attributed_genes"})
     table = table.loc[:, ~table.columns.duplicated()]
     if "label" in table:
         known = table["label"].notna().to_numpy()
@@ -158,7 +159,8 @@ def _without(folder: Folder, hidden: set[str]) -> pd.DataFrame:
     dropped = set()
     if folder.settings.get("label") in hidden:
         dropped |= {"best_label", "best_label_auroc"}
-        dropped |= {name for name in table if name.startswith(("kind_", "local_label_"))}
+        told = ("kind_", "local_label_", "auroc:")
+        dropped |= {name for name in table if name.startswith(told)}
     for column in hidden:
         dropped |= {name for name in table if name.startswith(f"{column}:")}
         dropped |= {f"{column}_{suffix}" for suffix in ("high", "low", "alpha", "rho", "q")}
@@ -178,16 +180,15 @@ def merged(tables: Sequence[pd.DataFrame], places: Sequence[np.ndarray], n: int)
       places: of each table the number in the run of each of its rows.
     """
     found: dict[str, pd.Series] = {}
-    for i, (table, place) in enumerate(zip(tables, places, strict=True)):
+    for table, place in zip(tables, places, strict=True):
         for name in table:
-            target = "attributed_genes" if i and name == "top_genes" and name in found else name
             values = pd.Series(table[name].to_numpy(), index=place).reindex(range(n))
             values = _plain(values)
-            if target not in found:
-                found[target] = values
+            if name not in found:
+                found[name] = values
             else:
-                first = found[target]
-                found[target] = first.where(first.notna(), values)
+                first = found[name]
+                found[name] = first.where(first.notna(), values)
     order = [column.name for column in STANDARD if column.name in found]
     order += [name for name in found if name not in order]
     return pd.DataFrame({name: _typed(found[name]) for name in order})

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from analysis.browser.columns import SIGNIFICANT
 from analysis.browser.index import RANGE
 from analysis.browser.inverted import CURVES as CURVE_FILES
 from analysis.browser.run import Run
@@ -34,7 +35,7 @@ def page(run: Run, i: int) -> dict[str, Any]:
         "summary": {name: plain(value) for name, value in row.items()},
         "previous": run.brief(i - 1) if i else None,
         "next": run.brief(i + 1) if i + 1 < run.n_features else None,
-        "top_genes": _top_genes(run, row),
+        **{name: _genes(run, row.get(name)) for name in ("top_genes", "attributed_genes")},
         "nearest_decoder": _nearest(run, i, _cosines(run, i)),
     }  # fmt: skip
     if not run.n_cells:
@@ -55,9 +56,8 @@ def page(run: Run, i: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _top_genes(run: Run, row: pd.Series) -> list[dict[str, Any]]:
-    """The genes that the table lists, with their numbers."""
-    text = row.get("top_genes")
+def _genes(run: Run, text: Any) -> list[dict[str, Any]]:
+    """The genes that a column of the table lists, with their numbers."""
     names = text.split(", ") if isinstance(text, str) else []
     known = [name for name in names if name in run.gene_number]
     return [{"gene": run.gene_number[name], "name": name} for name in known]
@@ -244,19 +244,29 @@ def _samples(run: Run, i: int, genes: np.ndarray) -> dict[str, Any] | None:
 
 def dge(run: Run, i: int) -> dict[str, Any]:
     """Genes that differ between the feature's cells and silent ones; those that vary in neither are
-    untested. Their names are in the document `names`."""
+    untested. Their names are in the document `names`.
+
+    `significant` is by `rule`: Bonferroni's over the genes tested, where all are there, else the q
+    that was stored, which is over all genes too.
+    """
     columns = ["gene", "log2_fold_change", "log10_p"]
     complete, table = True, run.rows("dge", i, columns)
     if table is None:
-        complete, table = False, run.rows("genes", i, columns)
+        complete, table = False, run.rows("genes", i, [*columns, "q"])
     if table is None:
         return gone(run, "dge")
     told = run.groups(table.attrs["folder"])
     tested = table[table["log10_p"].notna()]
+    if complete:
+        rule = "p < 0.05 after Bonferroni"
+        significant = tested["log10_p"] > -np.log10(SIGNIFICANT / max(1, len(tested)))
+    else:
+        rule, significant = "q < 0.05", tested["q"] < SIGNIFICANT
     return {
         "genes": _numbers(run, tested["gene"]).astype(np.uint32),
         "log2_fold_change": tested["log2_fold_change"].to_numpy(np.float32),
         "log10_p": tested["log10_p"].to_numpy(np.float32),
+        "significant": significant.to_numpy(np.uint32), "rule": rule,
         "complete": complete, "n_genes": len(tested), "n_untested": len(table) - len(tested),
         "told": told,
     }  # fmt: skip

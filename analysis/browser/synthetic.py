@@ -159,7 +159,8 @@ def _write_lens(
         which = np.argsort(rng.random((len(some), len(genes))), axis=1)[:, :n].ravel()
         t = np.sort(rng.gamma(4, 4, (len(some), n)))[:, ::-1].ravel()
         return {"feature": (np.repeat(some, n), names), "gene": (which, genes), "t": t,
-                "log2_fold_change": rng.gamma(2, 1, len(t)), "log10_p": t}  # fmt: skip
+                "log2_fold_change": rng.gamma(2, 1, len(t)), "log10_p": t,
+                "q": np.minimum(1, 10.0 ** (5 - t))}  # fmt: skip
 
     def best_terms(some: np.ndarray) -> dict[str, Any]:
         n = min(2 * TOP_TERMS, len(terms))

@@ -59,8 +59,9 @@
       known("label") ? ["Best label", element("strong", {}, labelled(page)), known("auroc") ? `AUROC ${number(summary.auroc)}` : ""] : [],
       known("term") ? ["Best term", element("strong", {}, summary.term), known("term_q") ? `q ${SAE.small(summary.term_q)}` : ""] : ["Best term", "none names it", ""],
       page.top_genes.length ? ["Highest genes", element("strong", {}, linked(page.top_genes.slice(0, 8))), "most raised in its cells"] : [],
+      page.attributed_genes.length ? ["Driving genes", element("strong", {}, linked(page.attributed_genes.slice(0, 8))), "by attribution"] : [],
     ].filter((part) => part.length);
-    const named = new Set(["label", "auroc", "term", "term_q", "top_genes", "name", "kind"]);
+    const named = new Set(["label", "auroc", "term", "term_q", "top_genes", "attributed_genes", "name", "kind"]);
     const shown = about.table_columns.filter((each) => known(each.name) && !named.has(each.name));
     const first = ["n_active", "density", "scope", "replication", "replicated", "technical"];
     const fact = (column) => {
@@ -224,10 +225,9 @@
     return { ...found, names: Array.from(found.genes, (gene) => genes[gene]) };
   }, (found, content) => {
     const { genes, names, log2_fold_change: change, log10_p: p } = found;
-    const limit = -Math.log10(0.05 / Math.max(1, found.n_genes)); // Bonferroni over all genes that were tested
-    const rows = Array.from(genes, (gene, i) => ({ gene, name: names[i], change: change[i], log10_p: p[i] }));
+    const rows = Array.from(genes, (gene, i) => ({ gene, name: names[i], change: change[i], log10_p: p[i], significant: found.significant[i] }));
     const drawn = rows.filter((row) => Number.isFinite(row.change) && Number.isFinite(row.log10_p));
-    const side = (row) => (row.log10_p < limit ? 2 : row.change > 0 ? 0 : 1);
+    const side = (row) => (!row.significant ? 2 : row.change > 0 ? 0 : 1);
     content.append(element("p", { class: "note" }, [
       found.told ? `${found.told} ` : "", found.complete ? "" : `Only the ${number(rows.length)} genes with the largest |t| were kept. `,
       found.n_untested ? `${number(found.n_untested)} genes that never vary are not tested.` : "",
@@ -246,7 +246,7 @@
         height: 380, axes: { x: "log2 fold change", y: "−log10 p" },
         labels: [...outstanding(0), ...outstanding(1)].map((row) => ({ row, text: drawn[row].name })),
         colour: {
-          kind: "category", title: "p < 0.05 after Bonferroni:", codes: drawn.map(side), missing: null,
+          kind: "category", title: `${found.rule}:`, codes: drawn.map(side), missing: null,
           categories: ["higher when active", "lower when active", "not significant"], colours: ["#d55e00", "#0072b2", "#8a979d"],
         },
         describe: () => `${number(drawn.length)} genes; the table lists them.`,

@@ -70,6 +70,7 @@
   function show(parts) {
     list.replaceChildren(...parts);
     list.hidden = !parts.length;
+    input.removeAttribute("aria-activedescendant");
     input.setAttribute("aria-expanded", String(!list.hidden));
   }
   const options = () => [...list.querySelectorAll("a")];
@@ -78,7 +79,11 @@
     if (!all.length) return;
     const now = all.findIndex((each) => each.getAttribute("aria-selected") === "true");
     const next = now < 0 ? (step > 0 ? 0 : all.length - 1) : (now + step + all.length) % all.length;
-    all.forEach((each, i) => each.setAttribute("aria-selected", String(i === next)));
+    all.forEach((each, i) => {
+      each.id = `found-${i}`;
+      each.setAttribute("aria-selected", String(i === next));
+    });
+    input.setAttribute("aria-activedescendant", all[next].id);
     all[next].scrollIntoView({ block: "nearest" });
   }
 

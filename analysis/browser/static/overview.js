@@ -5,7 +5,7 @@
   const SAE = window.SAE;
   const { element, state, number } = SAE;
   const SIZE = 50;
-  const FIRST = ["name", "label", "auroc", "n_active", "replication", "term", "term_q", "top_genes", "scope", "technical"];
+  const FIRST = ["name", "label", "auroc", "n_active", "replication", "term", "term_q", "top_genes", "attributed_genes", "scope", "technical"];
   const form = document.querySelector("#filters");
   const fields = [...form.elements].filter((field) => field.name);
   const table = document.querySelector("#table");
@@ -132,6 +132,10 @@
   }
   state.onchange((why) => {
     if (why === "back") shown();
+    if (cloud && (state.get("lasso") || "") !== outlined) {
+      outlined = state.get("lasso") || "";
+      cloud.select(lasso(), true);
+    }
     refresh();
     light();
   });
@@ -154,6 +158,10 @@
         return cell(titles.get(column), found.values[column]?.[i]);
       }));
     });
+    const pages = document.querySelector("#pages");
+    const held = document.activeElement;
+    const headed = [...table.querySelectorAll("thead button")].indexOf(held);
+    const paged = [...pages.querySelectorAll("button")].indexOf(held);
     table.replaceChildren(
       found.total
         ? element("table", { class: "features" }, [element("thead", {}, element("tr", {}, head)), element("tbody", {}, body)])
@@ -163,7 +171,10 @@
     const last = Math.max(0, Math.ceil(found.total / SIZE) - 1);
     const now = Number(page);
     const go = (to, text) => element("button", { type: "button", disabled: to < 0 || to > last || to === now, onclick: () => state.set({ page: to || null }, { push: true }) }, text);
-    document.querySelector("#pages").replaceChildren(go(0, "First"), go(now - 1, "Previous"), element("span", {}, `page ${now + 1} of ${last + 1}`), go(now + 1, "Next"), go(last, "Last"));
+    pages.replaceChildren(go(0, "First"), go(now - 1, "Previous"), element("span", {}, `page ${now + 1} of ${last + 1}`), go(now + 1, "Next"), go(last, "Last"));
+    // What had the focus has been replaced: its successor takes it, for who works by keys.
+    if (headed >= 0) table.querySelectorAll("thead button")[headed]?.focus();
+    if (paged >= 0) [...pages.querySelectorAll("button")].slice(paged).concat([...pages.querySelectorAll("button")].reverse()).find((each) => !each.disabled)?.focus();
   }
 
   function cell(column, given) {
@@ -185,6 +196,7 @@
 
   const COLOURS = ["label", "scope", "kind", "auroc", "term_q", "n_terms", "density", "n_active", "replication", "technical"];
   let cloud = null;
+  let outlined = ""; // as the address has it, what is drawn on the map
   let map = null;
   let features = null;
   function drawMap(all) {
@@ -199,22 +211,31 @@
     });
     SAE.fill(panel, () => SAE.load("map"), (found, content) => {
       map = found;
-      const polygon = (state.get("lasso") || "").split(";").filter(Boolean).map((pair) => pair.split(",").map(Number));
+      outlined = state.get("lasso") || "";
       const holder = element("div");
       content.append(holder);
       cloud = SAE.points(holder, {
         ...found, label: "Map of the features", name: "feature_map", height: "min(70vh, 34rem)", colour: colour(),
         describe: () => `${found.feature.length} features; those with like terms lie near each other.`,
         tooltip: (row) => told(found.feature[row]), csv: points, view: state.get("view"),
-        lasso: polygon.length > 2 ? polygon : null,
+        lasso: lasso(),
         on: {
-          lasso: (_, drawn) => state.set({ lasso: drawn ? drawn.map((corner) => corner.map((each) => Number(each.toPrecision(5))).join(",")).join(";") : null, page: null }, { push: true }),
+          lasso: (_, drawn) => {
+            outlined = (drawn || []).map((corner) => corner.map((each) => Number(each.toPrecision(5))).join(",")).join(";");
+            state.set({ lasso: outlined || null, page: null }, { push: true });
+          },
           pick: (row) => location.assign(SAE.link.feature(found.feature[row], features.names[found.feature[row]])),
           change: ({ view, range, log }) => state.set({ view, low: range?.[0], high: range?.[1], log: log ? "1" : null }),
         },
       });
       light();
     });
+  }
+
+  /** The corners that the address holds of what is selected on the map, or null. */
+  function lasso() {
+    const corners = (state.get("lasso") || "").split(";").filter(Boolean).map((pair) => pair.split(",").map(Number));
+    return corners.length > 2 ? corners : null;
   }
 
   /** The column that colours the map, of the features that are on it. */
@@ -237,7 +258,7 @@
   }
 
   function told(feature) {
-    const shown = ["label", "auroc", "term", "top_genes"].filter((name) => titles.has(name));
+    const shown = ["label", "auroc", "term", "top_genes", "attributed_genes"].filter((name) => titles.has(name));
     return [features.names[feature], ...shown.map((name) => {
       const given = SAE.values(features, name)[feature];
       return [titles.get(name).title, typeof given === "number" ? number(given) : given ?? "–"];

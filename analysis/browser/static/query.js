@@ -28,7 +28,7 @@
       rows = rows.filter(holds);
     };
     const column = (name) => SAE.values(features, name) || [];
-    const texts = ["name", "label", "term", "term_down", "top_genes"].map(column);
+    const texts = ["name", "label", "term", "term_down", "top_genes", "attributed_genes"].map(column);
     const holds = (word) => (i) => texts.some((text) => text[i] && String(text[i]).toLowerCase().includes(word));
     for (const [name, value] of Object.entries(parameters)) {
       if (value === "" || ["sort", "desc", "page", "size", "values"].includes(name)) continue;

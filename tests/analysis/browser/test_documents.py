@@ -263,8 +263,15 @@ def test_differential_expression(run: Run, folder: Path) -> None:
     assert [run.genes[gene] for gene in found["genes"]] == truth["gene"].tolist()
     for name in ("log2_fold_change", "log10_p"):
         assert np.allclose(found[name], truth[name])
+    assert found["rule"] == "p < 0.05 after Bonferroni"
+    p = 10.0 ** -truth["log10_p"].to_numpy()
+    np.testing.assert_array_equal(found["significant"], p < 0.05 / len(p))
     found, truth = document(run, "feature/40/dge"), of(folder, "genes", 40)
     assert not found["complete"]
+    # Of fifty genes alone Bonferroni's bound would be that of fifty tests.
+    assert found["rule"] == "q < 0.05"
+    np.testing.assert_array_equal(found["significant"], truth["q"] < 0.05)
+    assert 0 < found["significant"].sum() < len(truth)
     assert [run.genes[gene] for gene in found["genes"]] == truth["gene"].tolist()
     assert "99th percentile" in found["told"]
 

@@ -220,6 +220,36 @@ def test_the_lasso_filters_the_table(
     inside = polygon.contains_points(space[["umap_1", "umap_2"]])
     assert 5 < len(names) < N_FEATURES - 5
     assert names == set(space["feature"][inside])
+    selected = "() => document.querySelector('#map').textContent.match(/\\d+ selected/)"
+    until(page, selected)
+    page.go_back()  # the map shows what the address says
+    until(page, f"() => !({selected})()")
+    page.go_forward()
+    until(page, selected)
+    page.click('#filters button[type="reset"]')
+    until(page, f"() => !({selected})()")
+
+
+def test_keys_keep_their_place_as_the_table_is_drawn_anew(
+    opened: Callable[..., Any], address: str
+) -> None:
+    page = opened(address + "/#kind=any")
+    shown(page)
+    focused = "() => document.activeElement.textContent"
+    head = page.locator("#table thead button").nth(3)
+    head.focus()
+    for _ in range(2):
+        before = page.evaluate("() => location.hash")
+        page.keyboard.press("Enter")
+        until(page, "(before) => location.hash !== before", before)
+        page.wait_for_selector('#table[data-state="there"]')
+        title = head.inner_text()
+        until(page, f"(title) => ({focused})() === title", title)
+    page.locator("[role=combobox]").fill("GENE1")
+    page.wait_for_selector("[role=option]")
+    page.keyboard.press("ArrowDown")
+    held = page.locator("[role=combobox]").get_attribute("aria-activedescendant")
+    assert page.locator(f"#{held}").get_attribute("aria-selected") == "true"
 
 
 def test_names_are_text_whatever_they_say(opened: Callable[..., Any], address: str) -> None:

@@ -162,6 +162,9 @@ def test_two_programs_of_one_dictionary_are_one_run(
     flipped = Run.open(pair[::-1], tmp_path / "flipped")
     assert flipped.names[:2] == ["concept_0", "concept_1"]
     assert flipped.n_features == 97
+    for name in ("top_genes", "attributed_genes"):  # by what they come of, whichever is first
+        of_both = [run.features[name].tolist()[:90] for run in (both, flipped)]
+        assert of_both[0] == of_both[1]
 
 
 def change_cells(adata: anndata.AnnData) -> None:
@@ -330,8 +333,10 @@ def test_what_is_not_shown_is_nowhere(pair: tuple[Path, Path], tmp_path: Path) -
     table = pd.read_parquet(pair[0] / "features.parquet")
     told = table.assign(best_label="type 1", best_label_auroc=0.9)
     told.to_parquet(pair[0] / "features.parquet", index=False)
+    # As the quickstart has it, a column for each label.
+    told.assign(**{"auroc:type 1": 0.9}).to_parquet(pair[0] / "features.parquet", index=False)
     run = Run.open(pair, tmp_path, columns=["donor"])
-    assert "scope" not in run.features
+    assert not {"scope", "auroc:type 1"} & set(run.features)
     for key in [*list(documents.keys(run))[:60], "term/3", "gene/3", "label/0/1", "cell/3"]:
         said = repr(documents.document(run, key))
         assert "cell_type" not in said, key
