@@ -26,7 +26,7 @@ from analysis.browser.inverted import BY, MOST_DIFFERING, MOST_DRIVING
 from analysis.browser.run import Run
 from sae_jax.reading import reading
 
-MOST_ROWS = 200  # of a table of features
+MOST_ROWS = 200  # of a table of features, of each kind
 MOST_OF_CELL = 50
 WHOLE = ("about", "features", "names", "map")  # documents without a number
 LISTED = {  # on the page of a gene
@@ -251,7 +251,7 @@ def gene(run: Run, i: int) -> dict[str, Any]:
         "index": i, "name": run.genes[i], "description": description, "aliases": aliases,
         "ensembl": ensembl, "links": _links(symbol, number, ensembl),
         "driven": driven[0], "n_driven": driven[1], "differing": differing[0],
-        "n_differing": differing[1], "told": LISTED, "missing": missing,
+        "n_differing": differing[1], "most": MOST_ROWS, "told": LISTED, "missing": missing,
         "terms": [{"term": int(t), "name": run.terms[t], "size": run.size(t)} for t in mine],
     }  # fmt: skip
 
@@ -275,12 +275,21 @@ def _entries(
     some = slice(*run.index[f"{name}.indptr"][i : i + 2].tolist())
     feature = run.index[f"{name}.feature"][some]
     held = {key: run.index[f"{name}.{key}"][some] for key in keys}
-    order = np.lexsort((feature, -np.abs(held[by])))[:MOST_ROWS]
+    order = _first(run, feature, np.lexsort((feature, -np.abs(held[by]))), MOST_ROWS)
     rows = [
         {**run.brief(int(feature[k])), **{key: plain.item(k) for key, plain in held.items()}}
         for k in order
     ]
     return rows, len(feature)
+
+
+def _first(run: Run, features: np.ndarray, order: np.ndarray, most: int) -> np.ndarray:
+    """The first of each kind: neurons, which are dense, would fill every list.
+
+    features: of each row. order: positions of rows.
+    """
+    kind = pd.factorize(run.features["kind"])[0][features[order]]
+    return order[pd.Series(kind).groupby(kind).cumcount().to_numpy() < most]
 
 
 def term(run: Run, i: int) -> dict[str, Any]:
@@ -293,13 +302,13 @@ def term(run: Run, i: int) -> dict[str, Any]:
         {**run.brief(int(named["feature"][k])), "by": BY[named["by"][k]],
          "direction": "down" if named["side"][k] < 0 else "up",
          **{key: named[key][k] for key in ("log10_q", "auc", "nes")}}
-        for k in order[:MOST_ROWS]
+        for k in _first(run, named["feature"], order, MOST_ROWS)
     ]  # fmt: skip
     found = re.search(r"\(?\b(GO:\d{7}|R-[A-Z]{3}-\d+)\b\)?", run.terms[i])
     return {
         "index": i, "name": run.terms[i], "id": found[1] if found else None, "size": run.size(i),
         "genes": [{"gene": int(g), "name": run.genes[g]} for g in run.genes_of(i)],
-        "features": rows, "n_features": len(order),
+        "features": rows, "n_features": len(order), "most": MOST_ROWS,
         "missing": {} if run.has_sets else {"genes": run.missing("sets")},
     }  # fmt: skip
 
@@ -315,10 +324,11 @@ def label(run: Run, c: int, v: int) -> dict[str, Any]:
     of_column = np.array(run.index["of_label"][:, own], np.int64)
     active, n_active = of_column[:, v], of_column.sum(axis=1)
     n_cells = int(run.label_sizes(c)[v])
-    order = np.argsort(-np.nan_to_num(areas, nan=-1), kind="stable")[:MOST_ROWS]
+    every = np.argsort(-np.nan_to_num(areas, nan=-1), kind="stable")
+    order = _first(run, np.arange(len(areas)), every, MOST_ROWS)
     return {
         "column": held["name"], "column_index": c, "value": held["categories"][v],
-        "value_index": v, "n_cells": n_cells, "n_features": run.n_features,
+        "value_index": v, "n_cells": n_cells, "n_features": run.n_features, "most": MOST_ROWS,
         "features": [
             {**run.brief(int(f)), "auroc": areas[f], "n_active": int(active[f]),
              "share": active[f] / n_active[f] if n_active[f] else None,
@@ -332,11 +342,11 @@ def cell(run: Run, i: int) -> dict[str, Any]:
     """A cell and its features of the highest activation."""
     _within((i,), run.n_cells)
     features, values = run.index.entries("by_cell", i)
-    order = np.argsort(-values, kind="stable")[:MOST_OF_CELL]
+    order = _first(run, features, np.argsort(-values, kind="stable"), MOST_OF_CELL)
     highest = run.index["maximum"]
     return {
         "index": i, "name": run.cells[i], "metadata": run.describe_cells(np.array([i]))[0],
-        "n_features": len(features),
+        "n_features": len(features), "most": MOST_OF_CELL,
         "features": [
             {**run.brief(int(features[k])), "activation": float(values[k]),
              "of_max": float(values[k] / highest[features[k]])}

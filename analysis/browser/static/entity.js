@@ -29,6 +29,7 @@
     if (options.missing) place.append(SAE.absent(options.missing));
     else if (kinds && shown.includes(columns.feature)) place.append(...byKind(shown, rows, { ...LIST, caption: title, ...options }));
     else SAE.table(place, shown, rows, { ...LIST, caption: title, ...options });
+    if (options.of > rows.length) place.append(element("p", { class: "note" }, `Of ${number(options.of)} the first ${number(options.most)}${kinds ? " of each kind" : ""} are listed.`));
   }
 
   // Neurons, which concepts are compared with, are dense and fill every list: they are asked for.
@@ -69,10 +70,10 @@
       );
       list("Features that it drives", `By attribution: how much its expression raises the feature. ${found.told.driven}`, [
         columns.feature, columns.number("value", "Attribution"), columns.number("rank", "Rank", "of the gene among the feature's genes"), columns.label,
-      ], found.driven, { missing: found.missing.driven, sort: "value", file: `${found.name}_driven`, empty: "It drives no feature that was attributed." });
+      ], found.driven, { missing: found.missing.driven, of: found.n_driven, most: found.most, sort: "value", file: `${found.name}_driven`, empty: "It drives no feature that was attributed." });
       list("Features in whose cells it differs", `By differential expression between cells in which the feature is active and others. ${found.told.differing}`, [
         columns.feature, columns.number("log2_fold_change", "log2 fold change"), columns.number("t", "t"), columns.number("rank", "Rank"), columns.label,
-      ], found.differing, { missing: found.missing.differing, sort: "t", file: `${found.name}_differing`, empty: "It is among the top genes of no feature." });
+      ], found.differing, { missing: found.missing.differing, of: found.n_differing, most: found.most, sort: "t", file: `${found.name}_differing`, empty: "It is among the top genes of no feature." });
       list("Terms", "", [columns.term, columns.number("size", "Genes")], found.terms, {
         missing: found.missing.terms,
         sort: "size", descending: false, file: `${found.name}_terms`, empty: "No term of this run holds it.",
@@ -84,7 +85,7 @@
       list("Features that it names", "By the lens' tests or, as the table says, by GSEA of attributions or of differential expression.", [
         columns.feature, columns.log10("log10_q", "q"), columns.number("auc", "AUC"), columns.number("nes", "NES"), { name: "direction", title: "Direction" },
         { name: "by", title: "By" }, columns.label,
-      ], found.features, { sort: "log10_q", file: "term_features", empty: "It names no feature." });
+      ], found.features, { of: found.n_features, most: found.most, sort: "log10_q", file: "term_features", empty: "It names no feature." });
       list("Genes", "", [columns.gene, columns.abroad], found.genes, { missing: found.missing.genes, sort: "name", descending: false, file: "term_genes" });
     },
     label(found, content) {
@@ -96,7 +97,7 @@
         columns.share("of_label", "Of the label's cells", "of the cells with this label, the share in which the feature is active"),
         columns.number("n_active", "Active of them", "cells with this label in which the feature is active"),
       ], found.features, {
-        sort: "auroc", wide: true, file: "label_features", mark: (row) => row.share >= 0.7 && row.n_active / row.share >= 100,
+        of: found.n_features, most: found.most, sort: "auroc", wide: true, file: "label_features", mark: (row) => row.share >= 0.7 && row.n_active / row.share >= 100,
       });
     },
     cell(found, content) {
@@ -105,7 +106,7 @@
       list("Its strongest features", "", [
         columns.feature, columns.number("activation", "Activation"),
         columns.share("of_max", "Of the highest", "of the feature's highest activation in any cell"), columns.label,
-      ], found.features, { sort: "activation", wide: true, file: "cell_features", empty: "No feature is active in it." });
+      ], found.features, { of: found.n_features, most: found.most, sort: "activation", wide: true, file: "cell_features", empty: "No feature is active in it." });
     },
   };
 

@@ -554,3 +554,23 @@ def test_hostile_names_are_data(tmp_path: Path) -> None:
         wire.unpack(wire.pack(document(run, key)))
     links = document(run, f"gene/{run.gene_number[run_cases.HOSTILE[0]]}")["links"]
     assert all(link["href"].startswith("https://") and "<" not in link["href"] for link in links)
+
+
+def test_each_kind_has_its_place_in_a_list_that_is_cut(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A neuron is active in most cells: by activation alone they would fill the list."""
+    pair = (tmp_path / "lens", tmp_path / "concepts")
+    run_cases.split(folder, *pair)
+    run = Run.open(pair, tmp_path / "state")
+    whole = [row["feature"] for row in document(run, "label/0/0")["features"]]
+    monkeypatch.setattr(documents, "MOST_ROWS", 2)
+    monkeypatch.setattr(documents, "MOST_OF_CELL", 2)
+    found = document(run, "label/0/0")
+    concepts = [feature for feature in whole if feature != 96]
+    assert [row["feature"] for row in found["features"] if row["feature"] != 96] == concepts[:2]
+    assert 96 in [row["feature"] for row in found["features"]]
+    assert (found["n_features"], found["most"]) == (97, 2)
+    last = document(run, f"cell/{run.n_cells - 1}")["features"]  # the neuron is highest there
+    assert [row["feature"] == 96 for row in last].count(True) == 1
+    assert len(last) == 3
