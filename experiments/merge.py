@@ -12,6 +12,7 @@ nothing left to train in it.
 import re
 import shlex
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def main() -> None:
             "or --partial"
         )
     files.remove_leftovers_of(out)
-    results = gather(finished, out)
+    results = gather(finished, out, draw)
     split = split_of(results)
     many = counted(len(results), "configuration")
     print(f"{out}/: {many} of {counted(len(finished), 'shard')}")
@@ -121,8 +122,15 @@ def _text(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def gather(shards: dict[Path, dict[str, Any]], out: Path) -> pd.DataFrame:
-    """One run of all; its results. Of some shards it is a run of their configurations alone."""
+def gather(
+    shards: dict[Path, dict[str, Any]],
+    out: Path,
+    more: Callable[[pd.DataFrame, Path], None] | None = None,
+) -> pd.DataFrame:
+    """One run of all; its results. Of some shards it is a run of their configurations alone.
+
+    more: adds to the folder, of the results, before it takes its place.
+    """
     places = sorted(place for settings in shards.values() for place in settings["positions"])
     member = {place: i for i, place in enumerate(places)}
     configs: list[Any] = [None] * len(places)
@@ -153,10 +161,16 @@ def gather(shards: dict[Path, dict[str, Any]], out: Path) -> pd.DataFrame:
             files.write_parquet(fresh / f"{name}.parquet", table)
         files.write_json(fresh / "configs.json", {"configs": configs} | training[0])
         files.write_json(fresh / sweep.SETTINGS, sharding.alike(settings))
-        frontier = plots.frontier(whole["results"], split=split_of(whole["results"]))
-        plots.save(frontier, fresh / "figures", "frontier")
+        if more is not None:
+            more(whole["results"], fresh)
         manifest.write(fresh)
     return whole["results"]
+
+
+def draw(results: pd.DataFrame, folder: Path) -> None:
+    """The figure of a sweep, of the whole."""
+    frontier = plots.frontier(results, split=split_of(results))
+    plots.save(frontier, folder / "figures", "frontier")
 
 
 def split_of(results: pd.DataFrame) -> str:
