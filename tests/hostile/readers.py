@@ -425,7 +425,7 @@ def _lens(folder: Path, gene_info: bool = True) -> None:
     table.to_parquet(folder / "features.parquet", index=False)
     (folder / "lens.json").write_text(json.dumps({"label": "kind", "percentile": 99, "h5ad": "c"}))
     every = pd.DataFrame({"feature": np.repeat(names, 4), "gene": genes * 3, "t": 1.5,
-                          "log2_fold_change": 0.5, "log10_p": 3.0})  # fmt: skip
+                          "log2_fold_change": 0.5, "log10_p": 3.0, "q": 0.01})  # fmt: skip
     run_folder.write_by_feature(folder / "genes.parquet", every)
     best = pd.DataFrame({"feature": np.repeat(names, 2), "side": "up", "rank": [0, 1] * 3,
                          "term": terms * 3, "size": 5, "hits": 2, "change": 0.5, "auc": 0.7,
